@@ -1,0 +1,80 @@
+"""The one type of a quantised weight."""
+
+from typing import Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from fireq_jax.errors import ConfigError
+
+Activation = Literal["e4m3", "bf16"]
+
+
+@flax.struct.dataclass
+class QTensor:
+  """An INT4 weight [N, C] (out, in) in logical order, in groups along C.
+
+  Law: value = e4m3(scale * code) / tensor_scale   if `scale` is e4m3,
+       value = scale * code / tensor_scale         if `scale` is bf16 or f32,
+  where e4m3() rounds to nearest even and saturates at 448, products are exact
+  before it, and the group size is C / scale.shape[-1].
+
+  Attributes:
+    codes: uint8 [N, C / 2], two's complement nibbles, even input index low.
+    scale: e4m3, bf16 or f32 [N, C / group], never 0: an all-zero group has
+      scale 1 and codes 0.
+    tensor_scale: f32 scalar, a power of two.
+    activation: the dtype activations are rounded to, per token, before they
+      meet this weight (static).
+  """
+
+  codes: jax.Array
+  scale: jax.Array
+  tensor_scale: jax.Array
+  activation: Activation = flax.struct.field(pytree_node=False, default="e4m3")
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    n, half = self.codes.shape[-2:]
+    return n, 2 * half
+
+  @property
+  def group(self) -> int:
+    return self.shape[1] // self.scale.shape[-1]
+
+  def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """Returns the value [N, C]."""
+    products = (
+      unpack_int4(self.codes)
+      .astype(jnp.float32)
+      .reshape(*self.scale.shape, self.group)
+      * self.scale.astype(jnp.float32)[..., None]
+    )
+    if self.scale.dtype == jnp.float8_e4m3fn:
+      products = to_e4m3(products).astype(jnp.float32)
+    value = products.reshape(*products.shape[:-2], -1) / self.tensor_scale
+    return value.astype(dtype)
+
+
+def pack_int4(codes: jax.Array) -> jax.Array:
+  """int8 codes in [-8, 7] [..., C] -> uint8 [..., C / 2], even index low."""
+  if codes.shape[-1] % 2:
+    raise ConfigError(
+      "an odd number of codes cannot be packed in bytes", got=codes.shape[-1]
+    )
+  nibbles = codes.astype(jnp.uint8) & jnp.uint8(15)
+  return nibbles[..., 0::2] | (nibbles[..., 1::2] << jnp.uint8(4))
+
+
+def unpack_int4(packed: jax.Array) -> jax.Array:
+  """uint8 [..., C / 2] -> int8 codes in [-8, 7] [..., C]."""
+  signed = packed.astype(jnp.int8)
+  low = (signed << jnp.int8(4)) >> jnp.int8(4)
+  pairs = jnp.stack([low, signed >> jnp.int8(4)], axis=-1)
+  return pairs.reshape(*packed.shape[:-1], -1)
+
+
+def to_e4m3(x: jax.Array) -> jax.Array:
+  """Rounds to float8_e4m3fn, saturating at 448 (a plain cast gives NaN)."""
+  return jnp.clip(x, -448.0, 448.0).astype(jnp.float8_e4m3fn)
