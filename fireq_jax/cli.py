@@ -1,0 +1,103 @@
+"""What every script shares: flags, one-line errors, exit codes.
+
+Exit codes: 0 done, 2 bad input, 3 the machine lacks something, 130 and 143
+interrupted, 1 a bug of ours (the only case that prints a traceback).
+"""
+
+import contextlib
+import inspect
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+from absl import flags
+
+from fireq_jax.errors import ConfigError, FireQError, ResourceError
+
+
+def run(
+  argv: Sequence[str] | None,
+  define_flags: Callable[[flags.FlagValues], None],
+  body: Callable[[flags.FlagValues], None],
+) -> int:
+  """Parses `argv` (None = the process's), calls `body`, returns the exit code.
+
+  The flags live in a `FlagValues` of their own, so several scripts can run in
+  one process. Errors become one line on stderr; `--debug` adds a traceback.
+  """
+  argv = list(sys.argv if argv is None else argv)
+  values = flags.FlagValues()
+  flags.DEFINE_bool(
+    "debug", False, "Print the traceback of an error.", flag_values=values
+  )
+  define_flags(values)
+  if {"-h", "--help", "-help"} & set(argv[1:]):
+    print(f"{inspect.getdoc(inspect.getmodule(body))}\n\nFlags:")
+    print(values.get_help().split("\nabsl.flags:")[0])
+    return 0
+  try:
+    with _terminate_as_exception():
+      _parse(argv, values)
+      body(values)
+    return 0
+  except BrokenPipeError:  # the reader left, as in `... | head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    return 130
+  except SystemExit as exit_:
+    return int(exit_.code or 0)
+  except BaseException as error:
+    known = _as_user_error(error)
+    if known is None or "--debug" in argv:
+      traceback.print_exc()
+    print(f"error: {known or repr(error)}", file=sys.stderr)
+    return known.exit_code if known else 1
+
+
+def _parse(argv: list[str], values: flags.FlagValues) -> None:
+  try:
+    rest = values(argv)
+  except flags.Error as error:
+    raise ConfigError(str(error).replace("\n", " ")) from error
+  if len(rest) > 1:
+    raise ConfigError("unexpected argument", got=repr(rest[1]))
+
+
+def _as_user_error(error: BaseException) -> FireQError | None:
+  """Returns what the user is told, or None if the error is a bug of ours."""
+  if isinstance(error, FireQError):
+    return error
+  if isinstance(error, OSError):
+    return ResourceError(error.strerror or str(error), where=error.filename)
+  out_of_memory = isinstance(error, MemoryError) or (
+    isinstance(error, jax.errors.JaxRuntimeError)
+    and "RESOURCE_EXHAUSTED" in str(error)
+  )
+  if out_of_memory:
+    return ResourceError(
+      "out of memory", got=str(error).split("\n")[0] or "MemoryError"
+    )
+  return None
+
+
+@contextlib.contextmanager
+def _terminate_as_exception() -> Iterator[None]:
+  """Lets SIGTERM unwind the stack, so that temporary files are removed."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+
+  def stop(signum, frame):
+    raise SystemExit(128 + signum)
+
+  before = signal.signal(signal.SIGTERM, stop)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)

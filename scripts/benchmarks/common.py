@@ -1,0 +1,200 @@
+"""What all benchmarks share: timing, isolation, tables, reports, plots.
+
+A benchmark is a module with
+  define_flags(values)        its absl flags,
+  run(values) -> Iterable     one flat or nested dict a row, as measured,
+  plot(rows, axes)            optional: draws the rows on matplotlib axes.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+from absl import flags
+
+from fireq_jax import cli
+from fireq_jax.errors import ResourceError
+
+Row = dict[str, Any]
+
+
+def main(benchmark: ModuleType, argv: Sequence[str]) -> int:
+  """Runs `benchmark`, prints its table and report; returns the exit code."""
+
+  def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+      "json", None, "Write the report here too.", flag_values=values
+    )
+    flags.DEFINE_string(
+      "plot", None, "Write a PNG of the results here.", flag_values=values
+    )
+    benchmark.define_flags(values)
+
+  def body(values: flags.FlagValues) -> None:
+    if values.plot and not hasattr(benchmark, "plot"):
+      raise ResourceError("this benchmark has no plot")
+    rows = []
+    for row in benchmark.run(values):
+      rows.append(row)
+      print(json.dumps(row), file=sys.stderr)
+    result = report(rows, argv)
+    print(table(rows))
+    if values.plot:
+      _save_plot(benchmark, rows, Path(values.plot), result["card"])
+    if values.json:
+      Path(values.json).write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+  body.__module__ = benchmark.__name__  # whose docstring --help prints
+  return cli.run(argv, define, body)
+
+
+def report(rows: Sequence[Row], argv: Sequence[str]) -> Row:
+  """The measurement with all that is needed to repeat it."""
+  packages = ("jax", "jaxlib", "fireq_jax")
+  return {
+    "card": isolated(_card, timeout_s=120),
+    "date": datetime.date.today().isoformat(),
+    "versions": {p: importlib.metadata.version(p) for p in packages},
+    "command": " ".join(["python scripts/bench.py", *argv]),
+    "rows": list(rows),
+  }
+
+
+def _card() -> str:
+  return jax.devices()[0].device_kind
+
+
+def table(rows: Sequence[Row]) -> str:
+  """Rows as aligned text; nested dicts become columns `outer.inner`."""
+  flat = [dict(_flatten(row)) for row in rows]
+  names = list(dict.fromkeys(name for row in flat for name in row))
+  lines = [names] + [[_cell(row.get(name)) for name in names] for row in flat]
+  widths = [max(map(len, column)) for column in zip(*lines)]
+  return "\n".join(
+    "  ".join(cell.rjust(width) for cell, width in zip(line, widths))
+    for line in lines
+  )
+
+
+def _flatten(row: Row, prefix: str = "") -> Iterable[tuple[str, Any]]:
+  for name, value in row.items():
+    if isinstance(value, dict):
+      yield from _flatten(value, f"{prefix}{name}.")
+    else:
+      yield prefix + name, value
+
+
+def _cell(value: Any) -> str:
+  if value is None:
+    return "-"
+  return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _save_plot(
+  benchmark: ModuleType, rows: Sequence[Row], path: Path, card: str
+) -> None:
+  try:
+    import matplotlib
+  except ImportError as error:
+    raise ResourceError(
+      "plots need matplotlib", hint="pip install matplotlib"
+    ) from error
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+  benchmark.plot(rows, axes)
+  axes.set_title(f"{benchmark.__name__.rsplit('.', 1)[-1]}, {card}")
+  figure.savefig(path, dpi=150)
+  pyplot.close(figure)
+
+
+def isolated(
+  function: Callable[..., Any], /, *args: Any, timeout_s: float, **kwargs: Any
+) -> Any:
+  """Calls a module-level `function` in a process of its own.
+
+  A kernel that hangs or corrupts the device then spoils one row, not the run.
+  The caller must not have touched the device: JAX claims most of its memory.
+
+  Raises:
+    ResourceError: the process died or ran past `timeout_s`.
+  """
+  context = multiprocessing.get_context("spawn")
+  receiver, sender = context.Pipe(duplex=False)
+  child = context.Process(
+    target=_send_result, args=(sender, function, args, kwargs)
+  )
+  child.start()
+  sender.close()
+  try:
+    if not receiver.poll(timeout_s):
+      raise ResourceError(
+        f"{function.__name__} took longer than {timeout_s} s", got=kwargs
+      )
+    ok, value = receiver.recv()
+  except EOFError as error:
+    child.join()
+    raise ResourceError(
+      f"{function.__name__} died with status {child.exitcode}", got=kwargs
+    ) from error
+  finally:
+    child.kill()
+    child.join()
+  if not ok:
+    raise ResourceError(f"{function.__name__} failed", got=value)
+  return value
+
+
+def _send_result(sender, function, args, kwargs) -> None:
+  try:
+    result = True, function(*args, **kwargs)
+  except Exception as error:
+    result = False, repr(error)
+  sender.send(result)
+
+
+def median_us(
+  function: Callable[..., Any],
+  operand_sets: Sequence[tuple],
+  *,
+  inner: int = 20,
+  repeats: int = 11,
+) -> float:
+  """Median device time of one `function(*operands)`, in microseconds.
+
+  One jitted loop makes `inner` passes over `operand_sets`, so launch cost is
+  hidden; pass sets that together exceed the L2 (200 MB is ample) to measure
+  from memory. Barriers keep XLA from hoisting or dropping a call.
+  """
+
+  def one_pass(_, carry):
+    sets, out = carry
+    for operands in sets:
+      operands, _ = jax.lax.optimization_barrier((operands, out))
+      out = function(*operands)
+    return sets, out
+
+  @jax.jit
+  def many(sets):
+    out = function(*sets[0])
+    return jax.lax.fori_loop(0, inner, one_pass, (sets, out))[1]
+
+  sets = tuple(map(tuple, operand_sets))
+  jax.block_until_ready(many(sets))
+  samples = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    jax.block_until_ready(many(sets))
+    samples.append(time.perf_counter() - start)
+  return statistics.median(samples) / (inner * len(sets) + 1) * 1e6

@@ -1,0 +1,173 @@
+"""Seconds and peak memory of quantising a random Llama, end to end.
+
+Writes a randomly initialised Hugging Face folder of the named shape, then
+runs scripts/quantize.py on it in a process of its own.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from absl import flags
+from safetensors.numpy import save_file
+
+from fireq_jax.errors import ResourceError
+
+_LLAMA_3 = {
+  "model_type": "llama",
+  "hidden_act": "silu",
+  "attention_bias": False,
+  "mlp_bias": False,
+  "rms_norm_eps": 1e-5,
+  "rope_theta": 500000.0,
+  "max_position_embeddings": 8192,
+  "vocab_size": 128256,
+  "tie_word_embeddings": False,
+  "torch_dtype": "bfloat16",
+  "bos_token_id": 128000,
+  "eos_token_id": 128001,
+}
+
+
+def _shape(hidden, ffn, layers, heads, kv_heads, **other):
+  return _LLAMA_3 | {
+    "hidden_size": hidden,
+    "intermediate_size": ffn,
+    "num_hidden_layers": layers,
+    "num_attention_heads": heads,
+    "num_key_value_heads": kv_heads,
+    **other,
+  }
+
+
+MODELS = {
+  "tiny": _shape(256, 512, 2, 2, 1, vocab_size=512),
+  "llama-3.2-1b": _shape(
+    2048, 8192, 16, 32, 8, tie_word_embeddings=True, head_dim=64
+  ),
+  "llama-3-8b": _shape(4096, 14336, 32, 32, 8),
+}
+
+
+def define_flags(values: flags.FlagValues) -> None:
+  flags.DEFINE_enum(
+    "model", "llama-3-8b", list(MODELS), "Which shape.", flag_values=values
+  )
+  flags.DEFINE_string(
+    "recipe", "fireq", "Recipe name or file.", flag_values=values
+  )
+  flags.DEFINE_string(
+    "dir",
+    None,
+    "Work here (needs 1.5 times the model's size); None = a temporary folder.",
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    "num_calib", 16, "Calibration sequences.", flag_values=values
+  )
+  flags.DEFINE_integer(
+    "seq_len", 512, "Tokens of a calibration sequence.", flag_values=values
+  )
+
+
+def run(values: flags.FlagValues) -> Iterable[dict]:
+  config = MODELS[values.model]
+  with tempfile.TemporaryDirectory(dir=values.dir) as work:
+    source, out = Path(work, "source"), Path(work, "out")
+    write_random_model(source, config)
+    tokens = np.random.default_rng(1).integers(
+      0, config["vocab_size"], (values.num_calib, values.seq_len), np.int32
+    )
+    np.save(Path(work, "tokens.npy"), tokens)
+    start = time.perf_counter()
+    done = subprocess.run(
+      [
+        sys.executable,
+        Path(__file__).parents[1] / "quantize.py",
+        f"--ckpt={source}",
+        f"--out={out}",
+        f"--recipe={values.recipe}",
+        f"--calib={Path(work, 'tokens.npy')}",
+        f"--num_calib={values.num_calib}",
+        f"--seq_len={values.seq_len}",
+      ],
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode:
+      raise ResourceError("scripts/quantize.py failed", got=done.stdout[-500:])
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    yield {
+      "model": values.model,
+      "recipe": values.recipe,
+      "seconds": round(seconds, 1),
+      "peak_rss_bytes": peak,
+      "bytes_in": _folder_bytes(source),
+      "bytes_out": _folder_bytes(out),
+      "num_calib": values.num_calib,
+      "seq_len": values.seq_len,
+    }
+
+
+def _folder_bytes(folder: Path) -> int:
+  return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def write_random_model(folder: Path, config: dict, seed: int = 0) -> None:
+  """Writes a sharded bf16 checkpoint with weights ~ N(0, 0.02)."""
+  folder.mkdir(parents=True)
+  (folder / "config.json").write_text(json.dumps(config))
+  parts = list(_parts(config))
+  weight_map, total = {}, 0
+  for i, shapes in enumerate(parts):
+    rng = np.random.default_rng((seed, i))
+    tensors = {
+      name: _random(rng, shape).astype(ml_dtypes.bfloat16)
+      for name, shape in shapes.items()
+    }
+    file = f"model-{i + 1:05}-of-{len(parts):05}.safetensors"
+    save_file(tensors, folder / file)
+    weight_map |= dict.fromkeys(tensors, file)
+    total += sum(t.nbytes for t in tensors.values())
+  (folder / "model.safetensors.index.json").write_text(
+    json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
+  )
+
+
+def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+  if len(shape) == 1:  # norms
+    return np.ones(shape, np.float32)
+  return rng.standard_normal(shape, np.float32) * np.float32(0.02)
+
+
+def _parts(c: dict) -> Iterable[dict[str, tuple[int, ...]]]:
+  """Tensor shapes of each shard: the embedding, every layer, the head."""
+  d, f, v = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
+  h = c.get("head_dim", d // c["num_attention_heads"])
+  q, k = c["num_attention_heads"] * h, c["num_key_value_heads"] * h
+  yield {"model.embed_tokens.weight": (v, d)}
+  for i in range(c["num_hidden_layers"]):
+    p = f"model.layers.{i}."
+    yield {
+      p + "input_layernorm.weight": (d,),
+      p + "self_attn.q_proj.weight": (q, d),
+      p + "self_attn.k_proj.weight": (k, d),
+      p + "self_attn.v_proj.weight": (k, d),
+      p + "self_attn.o_proj.weight": (d, q),
+      p + "post_attention_layernorm.weight": (d,),
+      p + "mlp.gate_proj.weight": (f, d),
+      p + "mlp.up_proj.weight": (f, d),
+      p + "mlp.down_proj.weight": (d, f),
+    }
+  last: dict[str, tuple[int, ...]] = {"model.norm.weight": (d,)}
+  if not c["tie_word_embeddings"]:
+    last["lm_head.weight"] = (v, d)
+  yield last
