@@ -5,11 +5,9 @@ leaves out keeps its default, and the default of everything is "off".
 """
 
 import dataclasses
-import difflib
 import importlib.resources
 import math
 import pathlib
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -18,6 +16,7 @@ import yaml
 
 from fireq_jax.config import KVFormat, LlamaConfig, check
 from fireq_jax.errors import ConfigError
+from fireq_jax.plain import from_plain, near, to_plain
 
 _frozen = dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 
@@ -192,7 +191,7 @@ class Override:
     for name in self.projections:
       check(
         name in PROJECTIONS,
-        f"unknown projection {name!r}{_near(name, PROJECTIONS)}",
+        f"unknown projection {name!r}{near(name, PROJECTIONS)}",
         expected="one of " + ", ".join(PROJECTIONS),
       )
 
@@ -279,7 +278,7 @@ class Recipe:
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
   """Returns the recipe as plain dicts, lists and scalars."""
-  return _plain(dataclasses.asdict(recipe))
+  return to_plain(recipe)
 
 
 def from_dict(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
@@ -288,7 +287,7 @@ def from_dict(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
   Raises:
     ConfigError: an unknown key, a missing name, or an invalid value.
   """
-  return _build(Recipe, values, where)
+  return from_plain(Recipe, values, where)
 
 
 def dumps(recipe: Recipe) -> str:
@@ -321,7 +320,7 @@ def load(name_or_path: str | pathlib.Path) -> Recipe:
       text = pathlib.Path(name_or_path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
       raise ConfigError(
-        f"neither a preset nor a readable file{_near(name, presets())}",
+        f"neither a preset nor a readable file{near(name, presets())}",
         where=f"recipe {name}",
         expected="a YAML file or one of " + ", ".join(presets()),
       ) from error
@@ -332,77 +331,3 @@ def load(name_or_path: str | pathlib.Path) -> Recipe:
       f"not YAML: {' '.join(str(error).split())}", where=f"recipe {name}"
     ) from error
   return from_dict(values, where=f"recipe {name}")
-
-
-def _plain(value: Any) -> Any:
-  if isinstance(value, dict):
-    return {k: _plain(v) for k, v in value.items()}
-  return [_plain(v) for v in value] if isinstance(value, tuple) else value
-
-
-def _build(cls: type, values: Any, where: str) -> Any:
-  check(
-    isinstance(values, Mapping),
-    "not a mapping of names to values",
-    where=where,
-    got=repr(values),
-  )
-  fields = {f.name: f for f in dataclasses.fields(cls)}
-  for key in values:
-    check(
-      key in fields,
-      f"unknown key {key!r}{_near(str(key), fields)}",
-      where=where,
-      expected="one of " + ", ".join(fields),
-    )
-  for name, field in fields.items():
-    required = (
-      field.default is dataclasses.MISSING
-      and field.default_factory is dataclasses.MISSING
-    )
-    check(not required or name in values, f"no {name!r}", where=where)
-  hints = typing.get_type_hints(cls)
-  arguments = {
-    key: _convert(hints[key], value, f"{where}: {key}")
-    for key, value in values.items()
-  }
-  try:
-    return cls(**arguments)
-  except ConfigError as error:
-    raise ConfigError(str(error), where=where) from error
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-  """Returns `value` (from YAML or JSON) as the annotated type `hint`."""
-  origin, inner = typing.get_origin(hint), typing.get_args(hint)
-  if origin is types.UnionType:
-    (other,) = (t for t in inner if t is not types.NoneType)
-    return None if value is None else _convert(other, value, where)
-  if origin is tuple:
-    check(isinstance(value, list), "not a list", where=where, got=repr(value))
-    return tuple(
-      _convert(inner[0], v, f"{where}[{i}]") for i, v in enumerate(value)
-    )
-  if origin is Literal:
-    return value
-  if dataclasses.is_dataclass(hint):
-    return _build(typing.cast(type, hint), value, where)
-  number = isinstance(value, int | float) and not isinstance(value, bool)
-  if hint is float and number:
-    return float(value)
-  check(
-    type(value) is hint,
-    "wrong type",
-    where=where,
-    expected=hint.__name__,
-    got=repr(value),
-    hint="YAML reads 1.0e-5 as a number, 1e-5 as text"
-    if hint is float
-    else None,
-  )
-  return value
-
-
-def _near(name: str, known: Any) -> str:
-  near = difflib.get_close_matches(name, list(known), n=1)
-  return f", did you mean {near[0]!r}?" if near else ""
