@@ -45,16 +45,21 @@ class QTensor:
 
   def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
     """Returns the value [N, C]."""
-    products = (
-      unpack_int4(self.codes)
-      .astype(jnp.float32)
-      .reshape(*self.scale.shape, self.group)
-      * self.scale.astype(jnp.float32)[..., None]
-    )
-    if self.scale.dtype == jnp.float8_e4m3fn:
-      products = to_e4m3(products).astype(jnp.float32)
+    codes = unpack_int4(self.codes).reshape(*self.scale.shape, self.group)
+    products = code_values(codes, self.scale[..., None])
     value = products.reshape(*products.shape[:-2], -1) / self.tensor_scale
     return value.astype(dtype)
+
+
+def code_values(codes: jax.Array, scale: jax.Array) -> jax.Array:
+  """Returns what codes stand for under a broadcastable `scale`, in f32.
+
+  The products of an e4m3 scale are rounded to e4m3, those of others are not.
+  """
+  products = codes.astype(jnp.float32) * scale.astype(jnp.float32)
+  if scale.dtype == jnp.float8_e4m3fn:
+    products = to_e4m3(products).astype(jnp.float32)
+  return products
 
 
 def pack_int4(codes: jax.Array) -> jax.Array:
