@@ -83,3 +83,19 @@ def unpack_int4(packed: jax.Array) -> jax.Array:
 def to_e4m3(x: jax.Array) -> jax.Array:
   """Rounds to float8_e4m3fn, saturating at 448 (a plain cast gives NaN)."""
   return jnp.clip(x, -448.0, 448.0).astype(jnp.float8_e4m3fn)
+
+
+def quantize_e4m3(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Rounds each row of x [..., C] to e4m3 codes with a scale of its own.
+
+  Law: x ~ codes * scale, with scale = amax(|x|) / 448 and codes =
+  e4m3(x / scale), both in f32. A row whose scale would be zero (or below the
+  smallest normal f32) has scale 1.
+
+  Returns:
+    codes e4m3 [..., C] and scale f32 [...].
+  """
+  x = x.astype(jnp.float32)
+  scale = jnp.max(jnp.abs(x), axis=-1) / 448.0
+  scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
+  return to_e4m3(x / scale[..., None]), scale

@@ -1,0 +1,220 @@
+"""Keys and values held between steps: INT4, e4m3 or bf16, of fixed capacity.
+
+All knowledge of how a cache lies in memory is in this file. Attention sees
+only `KeyValues`, the logical codes and scales.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from fireq_jax.config import KVFormat, LlamaConfig
+from fireq_jax.qtensor import (
+  pack_int4,
+  to_e4m3,
+  unpack_int4,
+)
+
+_SCALE_DTYPES = {
+  "bf16": jnp.bfloat16,
+  "e4m3": jnp.float8_e4m3fn,
+  "f32": jnp.float32,
+}
+_CODE_DTYPES = {
+  "int4": jnp.uint8,
+  "e4m3": jnp.float8_e4m3fn,
+  "bf16": jnp.bfloat16,
+}
+
+
+@flax.struct.dataclass
+class KeyValues:
+  """Keys and values of S tokens as attention multiplies them.
+
+  Law: key = k * k_scale and value = v * v_scale, per token and kv head.
+
+  Attributes:
+    k: [B, S, K, H] int8 codes in [-7, 7], e4m3 codes, or bf16 or f32 keys.
+    v: the same for values.
+    k_scale: f32 [B, S, K], or None where k holds the keys themselves.
+    v_scale: the same for values.
+  """
+
+  k: jax.Array
+  v: jax.Array
+  k_scale: jax.Array | None = None
+  v_scale: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class LayerCache:
+  """One layer's keys and values for S tokens of B sequences.
+
+  Attributes:
+    k: [B, K, S, H] e4m3 or bf16, or uint8 [B, K, S, H / 2] with two INT4
+      codes a byte, even channel low.
+    v: the same for values.
+    k_scale: [B, K, S] of dtype `format.scale`, or None for bf16.
+    v_scale: the same for values.
+    format: what is held (static).
+  """
+
+  k: jax.Array
+  v: jax.Array
+  k_scale: jax.Array | None
+  v_scale: jax.Array | None
+  format: KVFormat = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class KVCache:
+  """What a model remembers of B sequences.
+
+  Attributes:
+    layers: a `LayerCache` per decoder layer.
+    lengths: i32 [B], tokens held per sequence; what lies beyond is undefined.
+  """
+
+  layers: list[LayerCache]
+  lengths: jax.Array
+
+  @property
+  def format(self) -> KVFormat:
+    return self.layers[0].format
+
+  @property
+  def capacity(self) -> int:
+    return self.layers[0].k.shape[2]
+
+
+def init_cache(
+  config: LlamaConfig, batch: int, capacity: int, kv: KVFormat
+) -> KVCache:
+  """Returns an empty cache of `capacity` tokens for each of `batch` rows."""
+  packing = 2 if kv.cache == "int4" else 1
+  shape = (batch, config.num_key_value_heads, capacity)
+  codes = (*shape, config.head_dim // packing)
+
+  def layer():
+    scale = lambda: (
+      None if kv.cache == "bf16" else jnp.ones(shape, _SCALE_DTYPES[kv.scale])
+    )
+    return LayerCache(
+      k=jnp.zeros(codes, _CODE_DTYPES[kv.cache]),
+      v=jnp.zeros(codes, _CODE_DTYPES[kv.cache]),
+      k_scale=scale(),
+      v_scale=scale(),
+      format=kv,
+    )
+
+  return KVCache(
+    layers=[layer() for _ in range(config.num_hidden_layers)],
+    lengths=jnp.zeros(batch, jnp.int32),
+  )
+
+
+def bytes_per_token(config: LlamaConfig, kv: KVFormat) -> int:
+  """Bytes that one token of one sequence takes in all layers together."""
+  cache = jax.eval_shape(lambda: init_cache(config, 1, 1, kv))
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.layers))
+
+
+def encode(k: jax.Array, v: jax.Array, kv: KVFormat) -> KeyValues:
+  """Rounds keys and values to a format, per token and kv head.
+
+  INT4: scale = amax / 7 rounded to its dtype, codes = round(x / scale) in
+  [-7, 7]; e4m3 the same with 448. Codes are computed against the rounded
+  scale; a scale that would round to zero is 1 with codes 0 (FireQ 3.3).
+
+  Args:
+    k: [B, S, K, H] of any float dtype, after RoPE.
+    v: [B, S, K, H].
+    kv: the format.
+  """
+  if kv.cache == "bf16":
+    return KeyValues(k=k.astype(jnp.bfloat16), v=v.astype(jnp.bfloat16))
+  k, k_scale = _quantize(k, kv)
+  v, v_scale = _quantize(v, kv)
+  return KeyValues(k=k, v=v, k_scale=k_scale, v_scale=v_scale)
+
+
+def _quantize(x: jax.Array, kv: KVFormat) -> tuple[jax.Array, jax.Array]:
+  x = x.astype(jnp.float32)
+  largest = 7.0 if kv.cache == "int4" else 448.0
+  scale = jnp.max(jnp.abs(x), axis=-1) / largest
+  stored = _SCALE_DTYPES[kv.scale]
+  if stored == jnp.float8_e4m3fn:
+    scale = to_e4m3(scale)
+  scale = scale.astype(stored).astype(jnp.float32)
+  zero = scale < jnp.finfo(jnp.float32).tiny
+  scale = jnp.where(zero, 1.0, scale)
+  codes = jnp.where(zero[..., None], 0.0, x / scale[..., None])
+  if kv.cache == "int4":
+    return jnp.clip(jnp.round(codes), -7, 7).astype(jnp.int8), scale
+  return to_e4m3(codes), scale
+
+
+def append(
+  layer: LayerCache,
+  k: jax.Array,
+  v: jax.Array,
+  starts: jax.Array,
+  counts: jax.Array,
+) -> LayerCache:
+  """Writes new tokens at each row's own position.
+
+  Under `jit` with the cache donated, or inside a loop, the update is in place.
+  A token beyond the capacity is dropped.
+
+  Args:
+    layer: the cache.
+    k: [B, T, K, H] of any float dtype, after RoPE.
+    v: [B, T, K, H].
+    starts: i32 [B], where each row's first token goes.
+    counts: i32 [B], how many of the T tokens are real.
+  """
+  new = encode(k, v, layer.format)
+  batch, length, kv_heads = new.k.shape[:3]
+  offsets = jnp.arange(length, dtype=jnp.int32)
+  capacity = layer.k.shape[2]
+  # Padding goes out of bounds, each token to a place of its own.
+  slots = jnp.where(
+    offsets < counts[:, None], starts[:, None] + offsets, capacity + offsets
+  )
+  index = (
+    jnp.arange(batch)[:, None, None],
+    jnp.arange(kv_heads)[:, None],
+    slots[:, None],
+  )
+
+  def write(old, values):
+    if old is None:
+      return None
+    return old.at[index].set(
+      jnp.swapaxes(values, 1, 2).astype(old.dtype),
+      mode="drop",
+      unique_indices=True,
+    )
+
+  pack = pack_int4 if layer.format.cache == "int4" else lambda codes: codes
+  return layer.replace(
+    k=write(layer.k, pack(new.k)),
+    v=write(layer.v, pack(new.v)),
+    k_scale=write(layer.k_scale, new.k_scale),
+    v_scale=write(layer.v_scale, new.v_scale),
+  )
+
+
+def read(layer: LayerCache) -> KeyValues:
+  """Returns all S tokens of a layer in logical order."""
+  unpack = unpack_int4 if layer.format.cache == "int4" else lambda codes: codes
+  scale = lambda x: None if x is None else x.astype(jnp.float32)
+  return jax.tree.map(
+    lambda x: jnp.swapaxes(x, 1, 2),
+    KeyValues(
+      k=unpack(layer.k),
+      v=unpack(layer.v),
+      k_scale=scale(layer.k_scale),
+      v_scale=scale(layer.v_scale),
+    ),
+  )

@@ -1,0 +1,286 @@
+"""The Llama forward pass: pure functions over a parameter tree.
+
+Head counts come from array shapes, so the functions also run on one shard of
+a tensor-parallel model.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fireq_jax import kv_cache
+from fireq_jax.attention import attention
+from fireq_jax.config import Implementation, KVFormat, LlamaConfig
+from fireq_jax.errors import ConfigError
+from fireq_jax.kv_cache import KeyValues, KVCache, LayerCache
+from fireq_jax.linear import linear
+from fireq_jax.qtensor import quantize_e4m3
+from fireq_jax.rope import apply_rope, cos_sin
+
+Params = dict[str, Any]
+
+
+def init_params(
+  config: LlamaConfig,
+  key: jax.Array,
+  dtype: jax.typing.DTypeLike = jnp.bfloat16,
+) -> Params:
+  """Returns random float parameters: normal of 0.02, norms of one."""
+  keys = iter(jax.random.split(key, 7 * config.num_hidden_layers + 2))
+  hidden, ffn = config.hidden_size, config.intermediate_size
+  q = config.num_attention_heads * config.head_dim
+  kv = config.num_key_value_heads * config.head_dim
+
+  def normal(rows, columns):
+    values = 0.02 * jax.random.normal(next(keys), (rows, columns))
+    return values.astype(dtype)
+
+  kernel = lambda rows, columns: {"kernel": normal(rows, columns)}
+  norm = lambda: {"weight": jnp.ones(hidden, dtype)}
+  layers = [
+    {
+      "input_layernorm": norm(),
+      "self_attn": {
+        "q_proj": kernel(hidden, q),
+        "k_proj": kernel(hidden, kv),
+        "v_proj": kernel(hidden, kv),
+        "o_proj": kernel(q, hidden),
+      },
+      "post_attention_layernorm": norm(),
+      "mlp": {
+        "gate_proj": kernel(hidden, ffn),
+        "up_proj": kernel(hidden, ffn),
+        "down_proj": kernel(ffn, hidden),
+      },
+    }
+    for _ in range(config.num_hidden_layers)
+  ]
+  params = {
+    "model": {
+      "embed_tokens": {"embedding": normal(config.vocab_size, hidden)},
+      "layers": layers,
+      "norm": norm(),
+    }
+  }
+  if not config.tie_word_embeddings:
+    params["lm_head"] = kernel(hidden, config.vocab_size)
+  return params
+
+
+@flax.struct.dataclass
+class Span:
+  """Where the T tokens of each row lie in their sequence.
+
+  Attributes:
+    starts: i32 [B], position of the first token.
+    counts: i32 [B], how many of the T tokens are real, from the first on.
+    cos: f32 [B, T, H / 2], of the rotation at each position.
+    sin: f32 [B, T, H / 2].
+  """
+
+  starts: jax.Array
+  counts: jax.Array
+  cos: jax.Array
+  sin: jax.Array
+
+
+def make_span(
+  config: LlamaConfig, starts: jax.Array, counts: jax.Array, length: int
+) -> Span:
+  """Returns the `Span` of `length` tokens a row."""
+  positions = starts[:, None] + jnp.arange(length, dtype=jnp.int32)
+  cos, sin = cos_sin(positions, config.rope, config.head_dim)
+  return Span(starts=starts, counts=counts, cos=cos, sin=sin)
+
+
+def forward(
+  params: Params,
+  tokens: jax.Array,
+  cache: KVCache | None = None,
+  *,
+  config: LlamaConfig,
+  counts: jax.Array | None = None,
+  last_only: bool = False,
+  kv: KVFormat | None = None,
+  implementation: Implementation = "auto",
+) -> tuple[jax.Array, KVCache | None]:
+  """Runs the model: prefill, a chunk of a prefill, or a decode step (T = 1).
+
+  Row b's tokens follow the `cache.lengths[b]` tokens it already has.
+  Activations have the dtype of the embedding. A token id outside the
+  vocabulary gives NaN.
+
+  Args:
+    params: the parameter tree, float or quantised.
+    tokens: i32 [B, T], right-padded.
+    cache: extended and returned; tokens beyond its capacity are dropped.
+      None attends within `tokens` alone.
+    config: the model; static under `jit`, like all that follow but `counts`.
+    counts: i32 [B] in [0, T], real tokens per row; None means all.
+    last_only: returns logits of each row's last real token only.
+    kv: without a cache, the format keys, values and queries are rounded to;
+      None keeps them in the dtype of the activations.
+    implementation: of the projections and attention.
+
+  Returns:
+    logits f32 [B, T, V], undefined at padding, or [B, V]; and the cache.
+  """
+  if cache is not None and kv is not None:
+    raise ConfigError("kv is the cache's to say", got=repr(kv))
+  batch, length = tokens.shape
+  if counts is None:
+    counts = jnp.full(batch, length, jnp.int32)
+  starts = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
+  span = make_span(config, starts, counts, length)
+
+  model = params["model"]
+  embedding = model["embed_tokens"]["embedding"]
+  with jax.named_scope("embed"):
+    x = embedding.at[tokens].get(mode="fill", wrap_negative_indices=False)
+  layer_caches = []
+  for i, layer in enumerate(model["layers"]):
+    with jax.named_scope(f"layer_{i}"):
+      x, layer_cache, _ = decoder_layer(
+        layer,
+        x,
+        None if cache is None else cache.layers[i],
+        span=span,
+        config=config,
+        kv=kv,
+        implementation=implementation,
+      )
+    layer_caches.append(layer_cache)
+  if cache is not None:
+    cache = KVCache(layers=layer_caches, lengths=cache.lengths + counts)
+
+  with jax.named_scope("lm_head"):
+    if last_only:
+      last = jnp.maximum(counts - 1, 0)
+      x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    x = rms_norm(x, model["norm"]["weight"], config.rms_norm_eps)
+    tied = "lm_head" not in params
+    head = embedding.T if tied else params["lm_head"]["kernel"]
+    logits = linear(
+      x, head, out_dtype=jnp.float32, implementation=implementation
+    )
+  return logits, cache
+
+
+def decoder_layer(
+  layer: Params,
+  x: jax.Array,
+  cache: LayerCache | None = None,
+  *,
+  span: Span,
+  config: LlamaConfig,
+  kv: KVFormat | None = None,
+  implementation: Implementation = "auto",
+  capture: bool = False,
+) -> tuple[jax.Array, LayerCache | None, dict[str, jax.Array] | None]:
+  """Runs one decoder layer.
+
+  Args:
+    layer: the layer's parameters.
+    x: residual stream [B, T, D].
+    cache: extended and returned, or None.
+    span: where the tokens lie.
+    config: the model (head_dim and rms_norm_eps only).
+    kv: without a cache, as in `forward`.
+    implementation: as in `forward`.
+    capture: also returns what calibration looks at: the inputs of the
+      projections `qkv_in`, `o_in`, `gate_up_in`, `down_in`, each [B, T, C],
+      and the keys before and after RoPE (and before `key_scale`)
+      `k_pre_rope`, `k_post_rope`, [B, T, K, H].
+
+  Returns:
+    x, the cache, and the captured activations or None.
+  """
+  attn, mlp = layer["self_attn"], layer["mlp"]
+  project = lambda x, w: linear(x, w["kernel"], implementation=implementation)
+  heads = lambda x: x.reshape(*x.shape[:-1], -1, config.head_dim)
+
+  with jax.named_scope("qkv"):
+    weight = layer["input_layernorm"]["weight"]
+    qkv_in = rms_norm(x, weight, config.rms_norm_eps)
+    q = heads(project(qkv_in, attn["q_proj"]))
+    k_pre_rope = heads(project(qkv_in, attn["k_proj"]))
+    v = heads(project(qkv_in, attn["v_proj"]))
+  with jax.named_scope("rope"):
+    q = apply_rope(q, span.cos, span.sin)
+    k_post_rope = k = apply_rope(k_pre_rope, span.cos, span.sin)
+    if "key_scale" in attn:
+      key_scale = attn["key_scale"]
+      k = k * key_scale
+      q = q / jnp.repeat(key_scale, q.shape[2] // k.shape[2], axis=0)
+  with jax.named_scope("attention"):
+    if cache is not None:
+      kv = cache.format
+      cache = kv_cache.append(cache, k, v, span.starts, span.counts)
+      keys_values = kv_cache.read(cache)
+    elif kv is not None:
+      keys_values = kv_cache.encode(k, v, kv)
+    else:
+      keys_values = KeyValues(k=k.astype(x.dtype), v=v)
+    if kv is not None and kv.query == "e4m3":
+      q, q_scale = quantize_e4m3(q)
+    else:
+      q, q_scale = q.astype(x.dtype), None
+    o_in = attention(
+      q,
+      q_scale,
+      keys_values,
+      starts=span.starts,
+      counts=span.counts,
+      out_dtype=x.dtype,
+    )
+    o_in = o_in.reshape(*x.shape[:-1], -1)
+  with jax.named_scope("o_proj"):
+    x = x + project(o_in, attn["o_proj"])
+  with jax.named_scope("mlp"):
+    weight = layer["post_attention_layernorm"]["weight"]
+    gate_up_in = rms_norm(x, weight, config.rms_norm_eps)
+    gate = project(gate_up_in, mlp["gate_proj"]).astype(jnp.float32)
+    up = project(gate_up_in, mlp["up_proj"]).astype(jnp.float32)
+    down_in = (jax.nn.silu(gate) * up).astype(x.dtype)
+    x = x + project(down_in, mlp["down_proj"])
+
+  captured = None
+  if capture:
+    captured = {
+      "qkv_in": qkv_in,
+      "k_pre_rope": k_pre_rope,
+      "k_post_rope": k_post_rope,
+      "o_in": o_in,
+      "gate_up_in": gate_up_in,
+      "down_in": down_in,
+    }
+  return x, cache, captured
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+  """x / rms(x) * weight over the last axis, in f32, returned in x's dtype."""
+  x32 = x.astype(jnp.float32)
+  mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+  scaled = x32 * jax.lax.rsqrt(mean_square + eps)
+  return (scaled * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+class Llama(nnx.Module):
+  """The functions above as a Flax module, for those who want one.
+
+  `nnx.split` and `nnx.merge` it around `jax.jit`: `nnx.jit` walks every leaf
+  in Python at each call.
+  """
+
+  def __init__(self, config: LlamaConfig, params: Params):
+    self.config = config
+    self.params = nnx.data(params)
+
+  def __call__(
+    self, tokens: jax.Array, cache: KVCache | None = None, **options: Any
+  ) -> tuple[jax.Array, KVCache | None]:
+    """Calls `forward` with this module's parameters and configuration."""
+    return forward(self.params, tokens, cache, config=self.config, **options)
