@@ -30,7 +30,7 @@ def from_plain(cls: type[T], values: Any, where: str) -> T:
     where=where,
     got=repr(values),
   )
-  fields = {f.name: f for f in dataclasses.fields(cls)}
+  fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
   for key in values:
     check(
       key in fields,

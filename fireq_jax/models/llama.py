@@ -17,7 +17,8 @@ from fireq_jax.config import Implementation, KVFormat, LlamaConfig
 from fireq_jax.errors import ConfigError
 from fireq_jax.kv_cache import KeyValues, KVCache, LayerCache
 from fireq_jax.linear import linear
-from fireq_jax.qtensor import quantize_e4m3
+from fireq_jax.qtensor import QTensor, quantize_e4m3
+from fireq_jax.recipe import PROJECTIONS, Recipe
 from fireq_jax.rope import apply_rope, cos_sin
 
 Params = dict[str, Any]
@@ -58,7 +59,7 @@ def init_params(
     }
     for _ in range(config.num_hidden_layers)
   ]
-  params: Params = {
+  params = {
     "model": {
       "embed_tokens": {"embedding": normal(config.vocab_size, hidden)},
       "layers": layers,
@@ -68,6 +69,45 @@ def init_params(
   if not config.tie_word_embeddings:
     params["lm_head"] = kernel(hidden, config.vocab_size)
   return params
+
+
+def abstract_params(config: LlamaConfig, recipe: Recipe) -> Params:
+  """Shapes and dtypes of the model `recipe` makes: `ShapeDtypeStruct` leaves.
+
+  The one description of a quantised tree: completeness checks, shardings and
+  memory plans come from it.
+  """
+
+  def quantized(kernel, weight):
+    channels, outputs = kernel.shape
+    scale = jnp.float8_e4m3fn if weight.scale == "e4m3" else jnp.bfloat16
+    return QTensor(
+      codes=jnp.zeros((outputs, channels // 2), jnp.uint8),
+      scale=jnp.zeros((outputs, channels // weight.group), scale),
+      tensor_scale=jnp.zeros((), jnp.float32),
+      activation=weight.activation,
+    )
+
+  def build():
+    params = init_params(config, jax.random.key(0))
+    count = config.num_hidden_layers
+    for i, layer in enumerate(params["model"]["layers"]):
+      for name, block in PROJECTIONS.items():
+        weight = recipe.weight_format(i, name, count)
+        if weight is not None:
+          projection = layer[block][name]
+          projection["kernel"] = quantized(projection["kernel"], weight)
+      if recipe.keys.top_k:
+        layer["self_attn"]["key_scale"] = jnp.zeros(
+          (config.num_key_value_heads, config.head_dim), jnp.float32
+        )
+    if recipe.rotation.residual and config.tie_word_embeddings:
+      params["lm_head"] = {
+        "kernel": params["model"]["embed_tokens"]["embedding"].T
+      }
+    return params
+
+  return jax.eval_shape(build)
 
 
 @flax.struct.dataclass
@@ -106,7 +146,7 @@ def forward(
   last_only: bool = False,
   kv: KVFormat | None = None,
   implementation: Implementation = "auto",
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, KVCache | None]:
   """Runs the model: prefill, a chunk of a prefill, or a decode step (T = 1).
 
   Row b's tokens follow the `cache.lengths[b]` tokens it already has.
@@ -126,8 +166,7 @@ def forward(
     implementation: of the projections and attention.
 
   Returns:
-    logits f32 [B, T, V], undefined at padding, or [B, V]; and the
-    `KVCache`, or None if none was given.
+    logits f32 [B, T, V], undefined at padding, or [B, V]; and the cache.
   """
   if cache is not None and kv is not None:
     raise ConfigError("kv is the cache's to say", got=repr(kv))
@@ -141,7 +180,7 @@ def forward(
   embedding = model["embed_tokens"]["embedding"]
   with jax.named_scope("embed"):
     x = embedding.at[tokens].get(mode="fill", wrap_negative_indices=False)
-  layer_caches: list[Any] = []
+  layer_caches = []
   for i, layer in enumerate(model["layers"]):
     with jax.named_scope(f"layer_{i}"):
       x, layer_cache, _ = decoder_layer(
@@ -180,7 +219,7 @@ def decoder_layer(
   kv: KVFormat | None = None,
   implementation: Implementation = "auto",
   capture: bool = False,
-) -> tuple[jax.Array, Any, dict[str, jax.Array] | None]:
+) -> tuple[jax.Array, LayerCache | None, dict[str, jax.Array] | None]:
   """Runs one decoder layer.
 
   Args:
@@ -197,8 +236,7 @@ def decoder_layer(
       `k_pre_rope`, `k_post_rope`, [B, T, K, H].
 
   Returns:
-    x; the `LayerCache`, or None if none was given; and the captured
-    activations, or None.
+    x, the cache, and the captured activations or None.
   """
   attn, mlp = layer["self_attn"], layer["mlp"]
   project = lambda x, w: linear(x, w["kernel"], implementation=implementation)
@@ -283,6 +321,6 @@ class Llama(nnx.Module):
 
   def __call__(
     self, tokens: jax.Array, cache: KVCache | None = None, **options: Any
-  ) -> tuple[jax.Array, Any]:
+  ) -> tuple[jax.Array, KVCache | None]:
     """Calls `forward` with this module's parameters and configuration."""
     return forward(self.params, tokens, cache, config=self.config, **options)

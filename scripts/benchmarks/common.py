@@ -7,7 +7,6 @@ A benchmark is a module with
 """
 
 import datetime
-import importlib.metadata
 import json
 import multiprocessing
 import statistics
@@ -21,6 +20,7 @@ from typing import Any
 import jax
 from absl import flags
 
+import fireq_jax
 from fireq_jax import cli
 from fireq_jax.errors import ResourceError
 
@@ -60,11 +60,10 @@ def main(benchmark: ModuleType, argv: Sequence[str]) -> int:
 
 def report(rows: Sequence[Row], argv: Sequence[str]) -> Row:
   """The measurement with all that is needed to repeat it."""
-  packages = ("jax", "jaxlib", "fireq_jax")
   return {
     "card": isolated(_card, timeout_s=120),
     "date": datetime.date.today().isoformat(),
-    "versions": {p: importlib.metadata.version(p) for p in packages},
+    "versions": {"fireq_jax": fireq_jax.__version__, "jax": jax.__version__},
     "command": " ".join(["python scripts/bench.py", *argv]),
     "rows": list(rows),
   }
