@@ -52,7 +52,9 @@ def search_scales(
 
   Args:
     weight: f32 [N, C], the tensor scale already applied.
-    importance: f32 [C], such as the mean square of each input; None = 1.
+    importance: f32 [C], such as the mean square of each input; or f32
+      [G, g, g], the second moment of each group's inputs, which counts the
+      square of sum_c (weight[c] - nearest value) * input[c]; None = 1.
     group: input channels that share a scale.
     scale_dtype: e4m3, bf16 or f32.
     lowest: -7 or -8, the lowest code in use.
@@ -64,10 +66,8 @@ def search_scales(
     got=group,
   )
   grouped = weight.reshape(weight.shape[0], -1, group)
-  weighting = jnp.ones(weight.shape[-1], jnp.float32)
-  if importance is not None:
-    weighting = importance.astype(jnp.float32)
-  weighting = weighting.reshape(-1, group)
+  if importance is None:
+    importance = jnp.ones(weight.shape[-1], jnp.float32)
   start = jnp.max(jnp.abs(grouped), axis=-1) / 7
 
   def candidate(i: jax.Array) -> jax.Array:
@@ -83,7 +83,13 @@ def search_scales(
   def error(scale: jax.Array) -> jax.Array:
     codes = nearest_codes(grouped, scale[..., None], lowest=lowest)
     difference = grouped - code_values(codes, scale[..., None])
-    return jnp.sum(weighting * difference**2, axis=-1)
+    if importance.ndim == 1:
+      weighted = importance.reshape(-1, group) * difference
+    else:
+      weighted = jnp.einsum(
+        "ngi,gij->ngj", difference, importance, precision="highest"
+      )
+    return jnp.sum(weighted * difference, axis=-1)
 
   def step(i, best):
     best_scale, best_error = best

@@ -4,6 +4,9 @@ All knowledge of how a cache lies in memory is in this file. Attention sees
 only `KeyValues`, the logical codes and scales.
 """
 
+import dataclasses
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -187,7 +190,7 @@ def append(
     slots[:, None],
   )
 
-  def write(old, values):
+  def write(old: Any, values: Any) -> Any:
     if old is None:
       return None
     return old.at[index].set(
@@ -197,7 +200,8 @@ def append(
     )
 
   pack = pack_int4 if layer.format.cache == "int4" else lambda codes: codes
-  return layer.replace(
+  return dataclasses.replace(
+    layer,
     k=write(layer.k, pack(new.k)),
     v=write(layer.v, pack(new.v)),
     k_scale=write(layer.k_scale, new.k_scale),

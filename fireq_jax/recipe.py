@@ -87,19 +87,27 @@ class WeightFormat:
 
 @_frozen
 class Solver:
-  """How scales and codes are found; changes no stored byte's meaning.
+  """How scales and codes are found; no stored byte changes its meaning.
 
   Attributes:
-    clip: fractions of a group's largest weight to try as clipping points,
-      keeping the one with the least output error on calibration data. Empty
-      clips nothing.
+    scale: `abs_max` takes max|w| / 7 (published), `search` the scale of least
+      squared error, clipping and rounded products included.
+    weighted: the search counts errors at the layer's output, by the second
+      moment of its inputs within each group.
+    gptq: let codes correct each other's error on calibration inputs, which
+      then are those of the layers quantised before.
   """
 
-  clip: tuple[float, ...] = ()
+  scale: Literal["abs_max", "search"] = "abs_max"
+  weighted: bool = False
+  gptq: bool = False
 
   def __post_init__(self):
-    for ratio in self.clip:
-      check(0 < ratio <= 1, "clip ratios must be in (0, 1]", got=ratio)
+    _check_literals(self)
+    check(
+      self.scale == "search" or not (self.weighted or self.gptq),
+      "weighted errors and gptq need the scale search",
+    )
 
 
 @_frozen
@@ -219,7 +227,8 @@ class Recipe:
   def needs_calibration(self) -> bool:
     """Whether quantising reads activations, and so needs tokens."""
     return bool(
-      self.solver.clip
+      self.solver.weighted
+      or self.solver.gptq
       or self.scaling.awq
       or self.keys.alpha > 0
       or self.keys.top_k > 0

@@ -67,7 +67,7 @@ def test_a_recipe_with_every_field_set_survives_a_round_trip():
       Override(projections=("down_proj",), weight=WeightFormat(group=32)),
     ),
     scaling=recipes.ChannelScaling(down=1e-7, awq=(0.0, 0.3)),
-    solver=recipes.Solver(clip=(1.0, 0.9)),
+    solver=recipes.Solver(scale="search", gptq=True),
   )
   text = recipes.dumps(recipe)
   assert recipes.from_dict(yaml.safe_load(text)) == recipe
@@ -87,7 +87,7 @@ def test_a_recipe_with_every_field_set_survives_a_round_trip():
     ("name: a\nscaling: {v_mul: 0}", "v_mul must be positive"),
     ("name: a\nkeys: {beta: 8.0}", "beta and top_k"),
     ("name: a\nkv: {cache: int3}", "cache format"),
-    ("name: a\nsolver: {clip: 1.0}", "clip: not a list"),
+    ("name: a\nscaling: {awq: 1.0}", "awq: not a list"),
     ("name: a\noverrides: [{projections: [q]}]", "unknown projection 'q'"),
     ("weight: null", "no 'name'"),
     ("[1, 2]", "not a mapping"),

@@ -59,7 +59,7 @@ def init_params(
     }
     for _ in range(config.num_hidden_layers)
   ]
-  params = {
+  params: Params = {
     "model": {
       "embed_tokens": {"embedding": normal(config.vocab_size, hidden)},
       "layers": layers,
@@ -146,7 +146,7 @@ def forward(
   last_only: bool = False,
   kv: KVFormat | None = None,
   implementation: Implementation = "auto",
-) -> tuple[jax.Array, KVCache | None]:
+) -> tuple[jax.Array, Any]:
   """Runs the model: prefill, a chunk of a prefill, or a decode step (T = 1).
 
   Row b's tokens follow the `cache.lengths[b]` tokens it already has.
@@ -166,7 +166,8 @@ def forward(
     implementation: of the projections and attention.
 
   Returns:
-    logits f32 [B, T, V], undefined at padding, or [B, V]; and the cache.
+    logits f32 [B, T, V], undefined at padding, or [B, V]; and the
+    `KVCache`, or None if none was given.
   """
   if cache is not None and kv is not None:
     raise ConfigError("kv is the cache's to say", got=repr(kv))
@@ -180,7 +181,7 @@ def forward(
   embedding = model["embed_tokens"]["embedding"]
   with jax.named_scope("embed"):
     x = embedding.at[tokens].get(mode="fill", wrap_negative_indices=False)
-  layer_caches = []
+  layer_caches: list[Any] = []
   for i, layer in enumerate(model["layers"]):
     with jax.named_scope(f"layer_{i}"):
       x, layer_cache, _ = decoder_layer(
@@ -219,7 +220,7 @@ def decoder_layer(
   kv: KVFormat | None = None,
   implementation: Implementation = "auto",
   capture: bool = False,
-) -> tuple[jax.Array, LayerCache | None, dict[str, jax.Array] | None]:
+) -> tuple[jax.Array, Any, dict[str, jax.Array] | None]:
   """Runs one decoder layer.
 
   Args:
@@ -236,7 +237,8 @@ def decoder_layer(
       `k_pre_rope`, `k_post_rope`, [B, T, K, H].
 
   Returns:
-    x, the cache, and the captured activations or None.
+    x; the `LayerCache`, or None if none was given; and the captured
+    activations, or None.
   """
   attn, mlp = layer["self_attn"], layer["mlp"]
   project = lambda x, w: linear(x, w["kernel"], implementation=implementation)
@@ -321,6 +323,6 @@ class Llama(nnx.Module):
 
   def __call__(
     self, tokens: jax.Array, cache: KVCache | None = None, **options: Any
-  ) -> tuple[jax.Array, KVCache | None]:
+  ) -> tuple[jax.Array, Any]:
     """Calls `forward` with this module's parameters and configuration."""
     return forward(self.params, tokens, cache, config=self.config, **options)
