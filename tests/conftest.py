@@ -1,0 +1,68 @@
+"""Settings and fixtures every test shares."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny_llama
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Skips tests marked `gpu` unless the first device is a Hopper GPU."""
+  marked = [item for item in items if item.get_closest_marker("gpu")]
+  if not marked:
+    return
+  device = jax.devices()[0]
+  if getattr(device, "compute_capability", None) == "9.0":
+    return
+  reason = f"needs a Hopper GPU, jax has {device.device_kind}"
+  for item in marked:
+    item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def shared() -> Path:
+  """The folder of trained models and texts beside the project's."""
+  if not SHARED.is_dir():
+    pytest.skip(f"needs the models and texts of {SHARED}, which is absent")
+  return SHARED
+
+
+@pytest.fixture
+def make_hf_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+  """Returns a function that writes a random Llama folder of under 1 MB.
+
+  Its arguments are `name` of the folder, `seed`, `dtype` of the weights,
+  `shards`, `tokenizer` (a byte-level one), and those of
+  `tiny_llama.hf_config`: `style` 4 or 5, `rope`, and any key of config.json.
+  """
+
+  def make(
+    name: str = "hf",
+    *,
+    seed: int = 0,
+    dtype: Any = "bfloat16",
+    shards: int = 1,
+    tokenizer: bool = False,
+    **config: Any,
+  ) -> Path:
+    config = tiny_llama.hf_config(**config)
+    tensors = {
+      key: values.astype(np.dtype(dtype))
+      for key, values in tiny_llama.hf_tensors(config, seed).items()
+    }
+    path = tiny_llama.write_checkpoint(
+      tmp_path / name, config, tensors, shards=shards
+    )
+    if tokenizer:
+      tiny_llama.write_tokenizer(path)
+    return path
+
+  return make
