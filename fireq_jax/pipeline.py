@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,9 @@ def quantize_model(
       activations are not finite; names the layer.
   """
   recipe.check_model(config)
-  if recipe.needs_calibration and tokens is None:
+  if not recipe.needs_calibration:
+    tokens = None
+  elif tokens is None:
     raise ConfigError(
       "calibration tokens are missing", where=f"recipe {recipe.name}"
     )
@@ -121,7 +123,7 @@ def quantize_model(
     embedding = jax.jit(rotate.rotate_embedding)(original, rotation)
   embedding = _bf16(embedding)
   windows = []
-  if recipe.needs_calibration:
+  if tokens is not None:
     windows = _embed(embedding["embed_tokens"]["embedding"], tokens)
   head = _checked(source.head(), "head")
   if rotation is not None:
@@ -204,7 +206,7 @@ def _process_layer(
     for name in PROJECTIONS
   )
   solver = recipe.solver
-  stats, outputs = None, []
+  stats, outputs = None, windows
   if windows:
     moments = solver.weighted or solver.gptq
     outputs, stats = _run_windows(layer, windows, config, moments)
@@ -213,14 +215,14 @@ def _process_layer(
         "calibration activations are not finite", where=f"layer {index}"
       )
   factors = _choose_factors(layer, stats, config=config, recipe=recipe)
-  quantize = functools.partial(
-    _fold_and_quantize, formats=formats, solver=solver
+  quantize = lambda factors: _fold_and_quantize(
+    layer, factors, stats, formats=formats, solver=solver
   )
   if recipe.scaling.awq:
     factors = _search_awq(
-      layer, factors, stats, windows, outputs, quantize, config, recipe
+      factors, stats, windows, outputs, quantize, config, recipe
     )
-  quantized, error = quantize(layer, factors, stats)
+  quantized, error = quantize(factors)
   if solver.gptq:
     outputs = [_run(quantized, x, config=config, kv=recipe.kv) for x in windows]
   return quantized, outputs, error
@@ -237,7 +239,7 @@ def _choose_factors(
   factors = smooth.channel_factors(layer, recipe.scaling, config)
   if stats is not None:
     key, key_scale = smooth.key_factors(stats, recipe.keys)
-    factors = factors.replace(key=key, key_scale=key_scale)
+    factors = dataclasses.replace(factors, key=key, key_scale=key_scale)
   return factors
 
 
@@ -269,12 +271,12 @@ def _fold_and_quantize(
 
 
 def _search_awq(
-  layer, factors, stats, windows, outputs, quantize, config, recipe
+  factors, stats, windows, outputs, quantize, config, recipe
 ) -> Factors:
   """Tries each exponent at each site in turn; keeps the least layer error."""
 
   def loss(factors: Factors) -> float:
-    quantized, _ = quantize(layer, factors, stats)
+    quantized, _ = quantize(factors)
     return sum(
       float(_miss(quantized, x, y, config=config, kv=recipe.kv))
       for x, y in zip(windows, outputs)
@@ -285,7 +287,7 @@ def _search_awq(
     base = getattr(factors, site)
     for exponent in recipe.scaling.awq:
       more = smooth.activation_factors(stats, site, exponent)
-      candidate = factors.replace(**{site: base * more})
+      candidate = dataclasses.replace(factors, **{site: base * more})
       now = loss(candidate)
       if now < least:
         least, factors = now, candidate
@@ -331,7 +333,7 @@ def _decode(layer, x, config, kv: KVFormat | None, capture=False):
   y, _, captured = llama.decoder_layer(
     layer, x, span=span, config=config, kv=kv, capture=capture
   )
-  return y, captured
+  return y, cast(dict[str, jax.Array], captured)
 
 
 def _embed(table: jax.Array, tokens: np.ndarray) -> list[jax.Array]:
@@ -367,9 +369,9 @@ def _checked(tree: Params, where: str) -> Params:
 def _bf16(tree: Params) -> Params:
   """Casts float weights and gains; leaves `QTensor` and `key_scale` alone."""
 
-  def cast(path, leaf):
+  def narrow(path, leaf):
     name = path[-1]
     keep = getattr(name, "key", None) not in ("embedding", "kernel", "weight")
     return leaf if keep else leaf.astype(jnp.bfloat16)
 
-  return jax.tree_util.tree_map_with_path(cast, tree)
+  return jax.tree_util.tree_map_with_path(narrow, tree)

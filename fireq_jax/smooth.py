@@ -6,6 +6,7 @@ query channel is divided (N before RoPE, S after). `Factors` holds all such
 numbers of a layer, `fold` absorbs them in its weights.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -82,7 +83,8 @@ def channel_factors(
   o = o.reshape(unit.o.shape[0], -1, unit.o.shape[1], o.shape[-1])
   o = jnp.moveaxis(o, 2, 1).reshape(*unit.o.shape, -1) / scaling.v_mul
   factors_o = factors(scaling.o, o) if scaling.o else unit.o
-  return unit.replace(
+  return dataclasses.replace(
+    unit,
     qkv=factors(scaling.qkv, *qkv) if scaling.qkv else unit.qkv,
     o=factors_o / scaling.v_mul,
     gate_up=(
@@ -151,7 +153,7 @@ def fold(layer: Layer, factors: Factors) -> Layer:
   groups = attn["q_proj"]["kernel"].shape[1] // factors.key.size
   per_query = lambda f: jnp.repeat(f, groups, axis=0).reshape(-1)
   key, o = factors.key.reshape(-1), factors.o.reshape(-1)
-  attention = {
+  attention: dict[str, Any] = {
     "q_proj": _scaled(attn["q_proj"], qkv, 1 / per_query(factors.key)),
     "k_proj": _scaled(attn["k_proj"], qkv, key),
     "v_proj": _scaled(attn["v_proj"], qkv, 1 / o),
@@ -181,7 +183,8 @@ def fold_stats(stats: LayerStats, factors: Factors) -> LayerStats:
     "down": factors.down,
   }
   half = factors.key.shape[1] // 2
-  return stats.replace(
+  return dataclasses.replace(
+    stats,
     abs_sum={s: x / by_site[s] for s, x in stats.abs_sum.items()},
     moment={
       s: x / (by_site[s][:, None] * by_site[s]) for s, x in stats.moment.items()
