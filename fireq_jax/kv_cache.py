@@ -125,8 +125,8 @@ def bytes_per_token(config: LlamaConfig, kv: KVFormat) -> int:
 def encode(k: jax.Array, v: jax.Array, kv: KVFormat) -> KeyValues:
   """Rounds keys and values to a format, per token and kv head.
 
-  INT4: scale = amax / 7 rounded to its dtype, codes = round(x / scale) in
-  [-7, 7]; e4m3 the same with 448. Codes are computed against the rounded
+  INT4: scale = amax * f32(1 / 7) rounded to its dtype, codes = round(x /
+  scale) in [-7, 7]; e4m3 the same with 448. Codes are computed against the rounded
   scale; a scale that would round to zero is 1 with codes 0 (FireQ 3.3).
 
   Args:
@@ -144,7 +144,7 @@ def encode(k: jax.Array, v: jax.Array, kv: KVFormat) -> KeyValues:
 def _quantize(x: jax.Array, kv: KVFormat) -> tuple[jax.Array, jax.Array]:
   x = x.astype(jnp.float32)
   largest = 7.0 if kv.cache == "int4" else 448.0
-  scale = jnp.max(jnp.abs(x), axis=-1) / largest
+  scale = jnp.max(jnp.abs(x), axis=-1) * (1 / largest)
   stored = _SCALE_DTYPES[kv.scale]
   if stored == jnp.float8_e4m3fn:
     scale = to_e4m3(scale)

@@ -88,14 +88,15 @@ def to_e4m3(x: jax.Array) -> jax.Array:
 def quantize_e4m3(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Rounds each row of x [..., C] to e4m3 codes with a scale of its own.
 
-  Law: x ~ codes * scale, with scale = amax(|x|) / 448 and codes =
+  Law: x ~ codes * scale, with scale = amax(|x|) * f32(1 / 448) and codes =
   e4m3(x / scale), both in f32. A row whose scale would be zero (or below the
-  smallest normal f32) has scale 1.
+  smallest normal f32) has scale 1. (A product, because XLA makes one of a
+  division by a constant, but only when it compiles them together.)
 
   Returns:
     codes e4m3 [..., C] and scale f32 [...].
   """
   x = x.astype(jnp.float32)
-  scale = jnp.max(jnp.abs(x), axis=-1) / 448.0
+  scale = jnp.max(jnp.abs(x), axis=-1) * (1 / 448)
   scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
   return to_e4m3(x / scale[..., None]), scale

@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy_llama
 import pytest
 
 from fireq_jax.attention import attention
 from fireq_jax.config import KVFormat
 from fireq_jax.kv_cache import KeyValues, encode
 from fireq_jax.qtensor import quantize_e4m3
-from tests import numpy_llama
 
 attend = jax.jit(attention, static_argnames="out_dtype")
 

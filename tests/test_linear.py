@@ -34,7 +34,7 @@ def values(w, codes):
 
 def numpy_e4m3(x):
   x = np.asarray(x).astype(np.float32)
-  scale = np.abs(x).max(-1, keepdims=True) / np.float32(448)
+  scale = np.abs(x).max(-1, keepdims=True) * np.float32(1 / 448)
   scale = np.where(scale == 0, np.float32(1), scale)
   codes = (x / scale).clip(-448, 448).astype(E4M3)
   return codes.astype(np.float64), scale.astype(np.float64)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy_llama
 import pytest
 from flax import nnx
 
@@ -13,7 +14,6 @@ from fireq_jax.errors import ConfigError
 from fireq_jax.kv_cache import init_cache
 from fireq_jax.models import llama
 from fireq_jax.qtensor import QTensor, pack_int4
-from tests import numpy_llama
 
 GQA = LlamaConfig(
   vocab_size=61,

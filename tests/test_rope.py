@@ -2,11 +2,11 @@
 
 import jax.numpy as jnp
 import numpy as np
+import numpy_llama
 import pytest
 
 from fireq_jax.config import RopeConfig
 from fireq_jax.rope import apply_rope, cos_sin, inverse_frequencies
-from tests import numpy_llama
 
 ROPES = {
   "default": RopeConfig(theta=10000.0),
