@@ -39,7 +39,7 @@ Params = Any
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class Provenance:
   """What a checkpoint was made from.
 
   Attributes:
@@ -55,13 +55,16 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-  """A loaded checkpoint: the parameter tree and what it is."""
+  """A loaded model: the parameter tree and what it is.
+
+  `manifest` is None for a model that comes from a Hugging Face folder.
+  """
 
   params: Params
   config: LlamaConfig
   recipe: Recipe
   path: Path
-  manifest: Manifest
+  manifest: Manifest | None
 
 
 def save(
@@ -70,7 +73,7 @@ def save(
   *,
   config: LlamaConfig,
   recipe: Recipe,
-  source: Source | None = None,
+  source: Provenance | None = None,
   overwrite: bool = False,
   verify: bool = True,
 ) -> Manifest:
@@ -85,7 +88,7 @@ def save(
       `config` and `recipe` describe.
     ResourceError: no permission, no space, or another process got there first.
   """
-  source = source or Source()
+  source = source or Provenance()
   target = check_destination(path, overwrite=overwrite)
   leaves = {k: np.asarray(v) for k, v in leaf_paths(params).items()}
   described = {
@@ -94,7 +97,7 @@ def save(
   }
   _same_leaves(described, _expected(config, recipe), target)
   with _disk_errors(target), atomic.staging(target) as folder:
-    ocp.save(folder, _nest(leaves))
+    ocp.save(str(folder), _nest(leaves))
     for file in source.side_files:
       shutil.copyfile(file, folder / file.name)
     manifest = Manifest(
@@ -336,7 +339,8 @@ def _same_leaves(
     )
 
 
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+def _nest(flat: Mapping[str, Any]) -> Any:
+  """Nested dicts from "/"-joined paths."""
   tree: dict[str, Any] = {}
   for path, leaf in flat.items():
     *parents, name = path.split("/")
@@ -383,11 +387,11 @@ def _restore(folder: Path, template: Mapping[str, np.ndarray]) -> Any:
   context = ocp.Context()
   context.pytree.loading.partial_load = True
   with context:
-    return ocp.load(folder, _nest(template))
+    return ocp.load(str(folder), _nest(template))
 
 
 def _stored_metadata(folder: Path) -> Any:
-  return ocp.metadata(folder).metadata
+  return ocp.metadata(str(folder)).metadata
 
 
 def _guarded(folder: Path, read: Callable[..., Any], *args: Any) -> Any:
@@ -405,9 +409,8 @@ def _guarded(folder: Path, read: Callable[..., Any], *args: Any) -> Any:
 
 def _digests(arrays: Iterable[np.ndarray]) -> list[str]:
   def digest(x: np.ndarray) -> str:
-    return hashlib.sha256(
-      np.ascontiguousarray(x).reshape(-1).view(np.uint8)
-    ).hexdigest()
+    contiguous = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+    return hashlib.sha256(contiguous.data).hexdigest()
 
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
     return list(pool.map(digest, arrays))

@@ -73,7 +73,7 @@ class Manifest:
     return sum(leaf.nbytes for leaf in self.leaves.values())
 
   def write(self, folder: Path) -> None:
-    content = {
+    content: dict[str, Any] = {
       "format_version": FORMAT_VERSION,
       "producer": dict(self.producer),
       "config": to_plain(self.config),

@@ -50,12 +50,14 @@ class Tokenizer:
       )
 
   @property
-  def eos_token_id(self) -> int | None:
-    return self._tokenizer.eos_token_id
+  def eos_token_ids(self) -> tuple[int, ...]:
+    """The tokenizer's own end of a sequence, if it has one."""
+    eos = self._tokenizer.eos_token_id
+    return () if eos is None else (eos,)
 
   def encode(self, text: str) -> list[int]:
     """Tokens of `text`, with the special tokens the model expects (BOS)."""
-    return list(self._tokenizer(text)["input_ids"])
+    return list(self._tokenizer(text, verbose=False)["input_ids"])
 
   def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Tokens of a conversation, ready for the assistant's answer.

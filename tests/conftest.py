@@ -10,6 +10,7 @@ import pytest
 import tiny_llama
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_num_cpu_devices", 4)  # for the sharding tests
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -80,7 +80,7 @@ def saved(tmp_path_factory) -> Path:
   side.write_text('{"model": "a tokenizer"}')
   save(
     folder / "ckpt",
-    source=checkpoint.Source(
+    source=checkpoint.Provenance(
       digests={"model.safetensors": "00ff"},
       calibration={"seed": 3},
       side_files=[side],
