@@ -1,11 +1,11 @@
 """Model configuration and options: frozen, validated, hashable."""
 
 import dataclasses
-import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from fireq_jax.errors import ConfigError
+from fireq_jax.errors import ConfigError, UnsupportedError
 
 _frozen = dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 
@@ -16,6 +16,40 @@ def check(ok: bool, what: str, **details: Any) -> None:
   """Raises `ConfigError(what, **details)` unless `ok`."""
   if not ok:
     raise ConfigError(what, **details)
+
+
+# Beyond any model: sizes are refused before anything is allocated for them.
+_MAX_SIZE = 2**24
+_MAX_LAYERS = 2**10
+_HEAD_DIMS = (16, 32, 64, 128, 256)
+
+
+def _check_int(name: str, value: Any, least: int, most: int) -> None:
+  check(
+    type(value) is int and least <= value <= most,
+    f"invalid {name}",
+    expected=f"an integer from {least} to {most}",
+    got=reprlib.repr(value),
+  )
+
+
+def _check_positive(name: str, value: Any, most: float = 1e12) -> None:
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  check(
+    number and 0 < value <= most,
+    f"invalid {name}",
+    expected=f"a positive number up to {most:g}",
+    got=reprlib.repr(value),
+  )
+
+
+def _check_bool(name: str, value: Any) -> None:
+  check(
+    isinstance(value, bool),
+    f"invalid {name}",
+    expected="true or false",
+    got=reprlib.repr(value),
+  )
 
 
 @_frozen
@@ -41,12 +75,13 @@ class RopeConfig:
       got=repr(self.type),
     )
     for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
-      value = getattr(self, name)
-      check(
-        math.isfinite(value) and value > 0,
-        f"rope {name} must be positive and finite",
-        got=value,
-      )
+      _check_positive(f"rope {name}", getattr(self, name))
+    _check_int(
+      "rope original_max_position_embeddings",
+      self.original_max_position_embeddings,
+      1,
+      _MAX_SIZE,
+    )
     check(
       self.low_freq_factor < self.high_freq_factor,
       "rope low_freq_factor must be below high_freq_factor",
@@ -72,6 +107,35 @@ class LlamaConfig:
   bos_token_id: int | None = None
   eos_token_ids: tuple[int, ...] = ()
 
+  def __post_init__(self):
+    for name in (
+      "vocab_size",
+      "hidden_size",
+      "intermediate_size",
+      "num_attention_heads",
+      "num_key_value_heads",
+      "max_position_embeddings",
+    ):
+      _check_int(name, getattr(self, name), 1, _MAX_SIZE)
+    _check_int("num_hidden_layers", self.num_hidden_layers, 1, _MAX_LAYERS)
+    check(
+      type(self.head_dim) is int and self.head_dim in _HEAD_DIMS,
+      "invalid head_dim",
+      expected="one of " + ", ".join(map(str, _HEAD_DIMS)),
+      got=reprlib.repr(self.head_dim),
+    )
+    check(
+      self.num_attention_heads % self.num_key_value_heads == 0,
+      "num_attention_heads must be a multiple of num_key_value_heads",
+      got=f"{self.num_attention_heads} and {self.num_key_value_heads}",
+    )
+    _check_positive("rms_norm_eps", self.rms_norm_eps, most=1.0)
+    _check_bool("tie_word_embeddings", self.tie_word_embeddings)
+    if self.bos_token_id is not None:
+      _check_int("bos_token_id", self.bos_token_id, 0, self.vocab_size - 1)
+    for token in self.eos_token_ids:
+      _check_int("eos_token_id", token, 0, self.vocab_size - 1)
+
   @classmethod
   def from_hf(
     cls,
@@ -80,11 +144,150 @@ class LlamaConfig:
   ) -> "LlamaConfig":
     """Reads a `config.json` of transformers 4 or 5.
 
+    Only keys that old Llama files lack have defaults: `num_key_value_heads`
+    (as many as query heads), `head_dim` (hidden size over heads),
+    `rope_theta` (10000), `tie_word_embeddings` and the biases (false).
+    Sequences end at the EOS ids of either file.
+
     Raises:
       ConfigError: a key is missing or has a value no Llama can have.
       UnsupportedError: a valid model, but not one of this family.
     """
-    raise NotImplementedError
+    try:
+      _check_family(config)
+      heads = _required(config, "num_attention_heads")
+      _check_int("num_attention_heads", heads, 1, _MAX_SIZE)
+      hidden = _required(config, "hidden_size")
+      _check_int("hidden_size", hidden, 1, _MAX_SIZE)
+      head_dim = config.get("head_dim")
+      if head_dim is None:
+        check(
+          hidden % heads == 0,
+          "hidden_size must be a multiple of num_attention_heads",
+          got=f"{hidden} and {heads}",
+          hint="or name head_dim",
+        )
+        head_dim = hidden // heads
+      kv_heads = config.get("num_key_value_heads")
+      eos_token_ids = _eos_token_ids(config)
+      if generation_config is not None:
+        eos_token_ids |= _eos_token_ids(generation_config)
+      return cls(
+        vocab_size=_required(config, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=_required(config, "intermediate_size"),
+        num_hidden_layers=_required(config, "num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=heads if kv_heads is None else kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=_required(config, "rms_norm_eps"),
+        max_position_embeddings=_required(config, "max_position_embeddings"),
+        rope=_rope(config),
+        tie_word_embeddings=config.get("tie_word_embeddings", False),
+        bos_token_id=config.get("bos_token_id"),
+        eos_token_ids=tuple(eos_token_ids),
+      )
+    except ConfigError as error:
+      raise ConfigError(str(error), where="config.json") from error
+
+
+def _required(values: Mapping[str, Any], key: str) -> Any:
+  check(values.get(key) is not None, f"no {key!r}")
+  return values[key]
+
+
+def _check_family(config: Mapping[str, Any]) -> None:
+  """Raises `UnsupportedError` unless the model computes what a Llama does."""
+
+  def refuse(what: str, value: Any, expected: str) -> None:
+    raise UnsupportedError(
+      f"unsupported {what}",
+      where="config.json",
+      expected=expected,
+      got=reprlib.repr(value),
+    )
+
+  model_type = _required(config, "model_type")
+  if model_type != "llama":
+    refuse("model_type", model_type, "llama")
+  architectures = config.get("architectures") or ["LlamaForCausalLM"]
+  if architectures != ["LlamaForCausalLM"]:
+    refuse("architectures", architectures, "LlamaForCausalLM")
+  activation = _required(config, "hidden_act")
+  if activation != "silu":
+    refuse("hidden_act", activation, "silu")
+  for key in ("attention_bias", "mlp_bias"):
+    bias = config.get(key, False)
+    _check_bool(key, bias)
+    if bias:
+      refuse(key, bias, "false")
+  if config.get("quantization_config") is not None:
+    raise UnsupportedError(
+      "the model is quantised already (quantization_config)",
+      where="config.json",
+      hint="start from the original bf16 model",
+    )
+
+
+_ROPE_KEYS = {
+  "default": (),
+  "linear": ("factor",),
+  "llama3": (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+  ),
+}
+
+
+def _rope(config: Mapping[str, Any]) -> RopeConfig:
+  """Reads `rope_parameters` (5) or `rope_theta` and `rope_scaling` (4)."""
+  new, old = config.get("rope_parameters"), config.get("rope_scaling")
+  check(
+    new is None or old is None or new == old,
+    "rope_parameters and rope_scaling disagree",
+  )
+  parameters = (old if new is None else new) or {}
+  check(
+    isinstance(parameters, Mapping),
+    "invalid rope parameters",
+    expected="an object",
+    got=reprlib.repr(parameters),
+  )
+  kind = parameters.get("rope_type", parameters.get("type", "default"))
+  if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+    raise UnsupportedError(
+      "unsupported rope_type",
+      where="config.json",
+      expected=", ".join(_ROPE_KEYS),
+      got=reprlib.repr(kind),
+    )
+  partial = parameters.get("partial_rotary_factor", 1.0)
+  if partial != 1.0:
+    raise UnsupportedError(
+      "unsupported partial_rotary_factor",
+      where="config.json",
+      expected="1.0",
+      got=reprlib.repr(partial),
+    )
+  theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
+  check(
+    theta == config.get("rope_theta", theta),
+    "two values of rope_theta",
+    got=f"{reprlib.repr(theta)} and {reprlib.repr(config.get('rope_theta'))}",
+  )
+  values = {key: _required(parameters, key) for key in _ROPE_KEYS[kind]}
+  return RopeConfig(theta=theta, type=kind, **values)
+
+
+def _eos_token_ids(values: Mapping[str, Any]) -> dict[int, None]:
+  """Returns the ids in order, as the keys of a dict."""
+  ids = values.get("eos_token_id")
+  ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+  for token in ids:
+    _check_int("eos_token_id", token, 0, _MAX_SIZE)
+  return dict.fromkeys(ids)
 
 
 @_frozen
