@@ -89,15 +89,13 @@ def first_at(row, token):
   return int(np.argmax(row == token)) if token in row else NEW
 
 
-@pytest.mark.parametrize("which", ["first", "later", "two", "none"])
+@pytest.mark.parametrize("which", ["first", "two"])
 def test_stops_at_any_eos(greedy, which):
   """For every row: the greedy tokens cut after the first EOS, then padding."""
   rows = greedy.tokens
   eos = {
     "first": (rows[0, 0],),
-    "later": (rows[1, 3],),
     "two": (rows[0, 4], rows[2, 2]),
-    "none": tuple(sorted(set(range(29)) - set(rows.ravel()))[:3]),
   }[which]
   opts = options(eos_token_ids=tuple(map(int, eos)), pad_token_id=28)
   out = run(opts=opts)
@@ -109,11 +107,6 @@ def test_stops_at_any_eos(greedy, which):
     assert (out.tokens[row, end + 1 :] == 28).all()
     assert out.lengths[row] == min(end + 1, NEW)
     assert out.finished[row] == (end < NEW)
-  if which == "two":
-    tokens, active = streamed(opts=opts)
-    assert tokens.shape[1] == min(max(ends) + 1, NEW)
-    np.testing.assert_array_equal(tokens, out.tokens[:, : tokens.shape[1]])
-    np.testing.assert_array_equal(active.sum(1), out.lengths)
 
 
 def test_ragged_rows_equal_each_alone(greedy):
@@ -126,8 +119,6 @@ def test_ragged_rows_equal_each_alone(greedy):
     np.testing.assert_array_equal(alone.tokens[0], greedy.tokens[row])
     alone = run(*one, key=keys[row : row + 1], temperature=1.0, top_p=0.9)
     np.testing.assert_array_equal(alone.tokens[0], sampled.tokens[row])
-  tight = TOKENS[:, :5], LENGTHS
-  np.testing.assert_array_equal(run(*tight).tokens, greedy.tokens)
 
 
 def test_keys(greedy):
@@ -145,15 +136,20 @@ def test_keys(greedy):
   assert_same(only_best, greedy)
 
 
-def test_stream_equals_batch_when_sampling():
+STREAM = options(top_k=9, eos_token_ids=(3, 17))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_stream_equals_batch(seed):
   keywords = {
-    "key": jax.random.key(7),
+    "key": jax.random.key(seed),
     "temperature": np.array([1.0, 0.0, 2.0]),
     "top_p": 0.8,
-    "opts": options(top_k=9, eos_token_ids=(3, 17), max_new_tokens=20),
+    "opts": STREAM,
   }
   want = run(**keywords)
   tokens, active = streamed(**keywords)
+  assert tokens.shape[1] == max(want.lengths)
   np.testing.assert_array_equal(tokens, want.tokens[:, : tokens.shape[1]])
   np.testing.assert_array_equal(active.sum(1), want.lengths)
 
@@ -162,7 +158,6 @@ def test_inside_jit_vmap_and_scan():
   keys = jax.random.split(jax.random.key(0), 4)
   draw = lambda key: run(key=key, temperature=1.0).tokens
   one_by_one = jnp.stack([draw(key) for key in keys])
-  np.testing.assert_array_equal(jax.jit(draw)(keys[2]), one_by_one[2])
   np.testing.assert_array_equal(jax.jit(jax.vmap(draw))(keys), one_by_one)
   _, scanned = jax.lax.scan(lambda _, key: (None, draw(key)), None, keys)
   np.testing.assert_array_equal(scanned, one_by_one)
@@ -203,17 +198,16 @@ def test_streaming_updates_the_cache_in_place(monkeypatch):
     return out
 
   monkeypatch.setattr(generation, "_stream_step", spy)
-  streamed(key=jax.random.key(7), temperature=1.0)
-  assert len(pointers) == NEW - 1 and len(set(map(tuple, pointers))) == 1
+  streamed(opts=STREAM)
+  assert len(pointers) > 2 and len(set(map(tuple, pointers))) == 1
 
 
-def test_cache_full_to_the_last_slot():
-  tokens = TOKENS[2:, :5]
-  exact = options(cache_capacity=5 + NEW)
-  roomy = options(cache_capacity=40)
-  assert_same(run(tokens, LENGTHS[2:], exact), run(tokens, LENGTHS[2:], roomy))
+def test_cache_full_to_the_last_slot(greedy):
+  tokens = TOKENS[:, :5]
+  out = run(tokens, LENGTHS, options(cache_capacity=5 + NEW))
+  np.testing.assert_array_equal(out.tokens, greedy.tokens)
   with pytest.raises(ConfigError, match="cache_capacity.*at least 13.*got 12"):
-    run(tokens, LENGTHS[2:], options(cache_capacity=4 + NEW))
+    run(tokens, LENGTHS, options(cache_capacity=4 + NEW))
 
 
 def test_nothing_to_generate():
