@@ -6,22 +6,22 @@ import numpy as np
 import numpy_llama
 import pytest
 
+from fireq_jax import kv_cache, qtensor
 from fireq_jax.attention import attention
 from fireq_jax.config import KVFormat
-from fireq_jax.kv_cache import KeyValues, encode
-from fireq_jax.qtensor import quantize_e4m3
+from fireq_jax.kv_cache import KeyValues
 
 attend = jax.jit(attention, static_argnames="out_dtype")
+encode = jax.jit(kv_cache.encode, static_argnames="kv")
+quantize_e4m3 = jax.jit(qtensor.quantize_e4m3)
 
 
 def inputs(batch, length, cached, heads, kv_heads, head_dim):
-  keys = jax.random.split(jax.random.key(length + cached), 3)
-  draw = lambda key, t, n: jax.random.normal(key, (batch, t, n, head_dim)) * 2
-  return (
-    draw(keys[0], length, heads),
-    draw(keys[1], cached, kv_heads),
-    draw(keys[2], cached, kv_heads),
+  rng = np.random.default_rng(length + cached)
+  draw = lambda t, n: jnp.asarray(
+    2 * rng.normal(size=(batch, t, n, head_dim)), jnp.float32
   )
+  return draw(length, heads), draw(cached, kv_heads), draw(cached, kv_heads)
 
 
 def numpy_attention(q, k, v, starts, counts):
@@ -62,7 +62,7 @@ def test_float_ragged_and_right_aligned(shape):
   assert not got[2].any() and not got[1, counts[1] :].any()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES[1:4])
 @pytest.mark.parametrize("cache", ["int4", "e4m3", "bf16"])
 @pytest.mark.parametrize("query", ["e4m3", "bf16"])
 def test_quantised_operands(shape, cache, query):
