@@ -129,8 +129,8 @@ def load(
 
   Args:
     path: folder written by `save`.
-    mesh: shards tensor-parallel over its axis `tp` (`sharding.py`); None = the
-      default device. The number of devices that wrote the checkpoint is irrelevant.
+    mesh: shards tensor-parallel over its axis `tp` (`sharding.py`), however
+      many devices wrote the checkpoint; None = the default device.
     verify: compares the sha256 of every leaf; False trusts the disk.
 
   Raises:
@@ -230,11 +230,9 @@ def check_destination(
 
 def leaf_paths(tree: Params) -> dict[str, Any]:
   """Leaves by "/"-joined path, in tree order."""
-  is_spec = lambda x: isinstance(x, jax.sharding.PartitionSpec)
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_spec)
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-    for path, leaf in leaves
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 
 import jax
 from absl import flags
@@ -58,6 +59,19 @@ def run(
       traceback.print_exc()
     print(f"error: {known or repr(error)}", file=sys.stderr)
     return known.exit_code if known else 1
+
+
+def leave(code: int) -> NoReturn:
+  """Ends the process with what `run` returned.
+
+  After an interrupt the interpreter is not torn down: compilations that were
+  cut short make XLA crash there, which would hide the exit code.
+  """
+  if code in (130, 143):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  sys.exit(code)
 
 
 def _parse(argv: list[str], values: flags.FlagValues) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from benchmarks import common
 
+from fireq_jax import cli
+
 
 def main(argv: Sequence[str] | None = None) -> int:
   argv = list(sys.argv if argv is None else argv)
@@ -25,4 +27,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  cli.leave(main())

@@ -5,7 +5,6 @@ python scripts/inspect_ckpt.py --ckpt demo-fireq --verify
 
 import dataclasses
 import re
-import sys
 from collections.abc import Sequence
 
 from absl import flags
@@ -54,4 +53,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  cli.leave(main())

@@ -48,7 +48,9 @@ def _shape(hidden, ffn, layers, heads, kv_heads, **other):
 
 
 MODELS = {
-  "tiny": _shape(256, 512, 2, 2, 1, vocab_size=512),
+  "tiny": _shape(
+    256, 512, 2, 2, 1, vocab_size=512, bos_token_id=0, eos_token_id=1
+  ),
   "llama-3.2-1b": _shape(
     2048, 8192, 16, 32, 8, tie_word_embeddings=True, head_dim=64
   ),
