@@ -1,0 +1,128 @@
+"""Perplexity of every recipe, with and without its KV format.
+
+Each model is quantised in memory with each recipe and scored against its float
+self on each text, in the same process and on the same windows. Outliers are
+injected into the float model first where asked for, which changes no float
+result (`fireq_jax/outliers.py`).
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from fireq_jax import calibrate, outliers, pipeline, recipe
+from fireq_jax.checkpoint import Checkpoint
+from fireq_jax.config import KVFormat
+from fireq_jax.evaluate import cut_text, evaluate
+from fireq_jax.loading import load_model
+from fireq_jax.tokenizer import Tokenizer
+
+
+def define_flags(values: flags.FlagValues) -> None:
+  define = {"flag_values": values}
+  flags.DEFINE_multi_string(
+    "ckpt", None, "Hugging Face folders.", required=True, **define
+  )
+  flags.DEFINE_multi_string("text", None, "Texts.", required=True, **define)
+  flags.DEFINE_string(
+    "calib", None, "Calibration data.", required=True, **define
+  )
+  flags.DEFINE_multi_string(
+    "recipe", recipe.presets(), "Recipes; default: all presets.", **define
+  )
+  flags.DEFINE_multi_float(
+    "outliers", [1.0], "Factors of injected outliers; 1: none.", **define
+  )
+  flags.DEFINE_integer("num_windows", 50, "Of each text.", **define)
+  flags.DEFINE_integer("seq_len", 1024, "Tokens of a window.", **define)
+  flags.DEFINE_integer("num_calib", 32, "Calibration windows.", **define)
+
+
+def run(values: flags.FlagValues) -> Iterable[dict]:
+  for ckpt in values.ckpt:
+    model = load_model(ckpt)
+    tokenizer = Tokenizer(model.path, model.config.vocab_size)
+    calibration = calibrate.cut_windows(
+      calibrate.read_tokens(
+        values.calib,
+        vocab_size=model.config.vocab_size,
+        encode=tokenizer.encode,
+      ),
+      count=values.num_calib,
+      length=values.seq_len,
+    )
+    texts = {
+      Path(text).name: cut_text(
+        tokenizer.encode(Path(text).read_text()),
+        length=values.seq_len,
+        count=values.num_windows,
+      )
+      for text in values.text
+    }
+    for factor in values.outliers:
+      variants = list(_variants(model, values.recipe, calibration, factor))
+      for text, windows in texts.items():
+        scores = evaluate([model, *variants], windows)[1:]
+        float_ppl = scores[0].ppl
+        for variant, score in zip(variants, scores):
+          yield {
+            "model": Path(ckpt).name,
+            "text": text,
+            "recipe": variant.recipe.name,
+            "kv": variant.recipe.kv.cache,
+            "outliers": factor,
+            "ppl": round(score.ppl, 3),
+            "float_ppl": round(float_ppl, 3),
+            "kl": round(score.kl, 5),
+            "top1": round(score.top1, 4),
+            "seconds": round(score.seconds, 1),
+            "windows": len(windows),
+            "seq_len": values.seq_len,
+          }
+
+
+def _variants(
+  model: Checkpoint, recipes: list[str], tokens: np.ndarray, factor: float
+) -> Iterable[Checkpoint]:
+  """The float model, then each recipe with its KV format and in bf16."""
+  params = model.params
+  if factor != 1:
+    params = outliers.inject(params, model.config, factor=factor)
+  for name in sorted(recipes, key=lambda name: name != "none"):
+    steps = recipe.load(name)
+    quantized = pipeline.quantize_model(
+      pipeline.Source.from_params(params), model.config, steps, tokens
+    )
+    changed = dataclasses.replace(model, params=quantized, recipe=steps)
+    yield changed
+    if steps.kv.cache != "bf16" and steps.weight is not None:
+      plain = dataclasses.replace(steps, kv=KVFormat())
+      yield dataclasses.replace(changed, recipe=plain)
+
+
+def plot(rows: list[dict], axes) -> None:
+  """Perplexity lost against float, a bar for each recipe and KV format."""
+  labels = list(dict.fromkeys(f"{r['recipe']}, kv {r['kv']}" for r in rows))
+  series = list(
+    dict.fromkeys((r["model"], r["text"], r["outliers"]) for r in rows)
+  )
+  width = 0.8 / len(series)
+  for i, (model, text, factor) in enumerate(series):
+    lost = {
+      f"{r['recipe']}, kv {r['kv']}": r["ppl"] - r["float_ppl"]
+      for r in rows
+      if (r["model"], r["text"], r["outliers"]) == (model, text, factor)
+    }
+    axes.barh(
+      np.arange(len(lost)) + i * width,
+      [lost[label] for label in labels],
+      width,
+      label=f"{model}, {text}"
+      + (f", outliers x{factor:g}" if factor != 1 else ""),
+    )
+  axes.set_yticks(np.arange(len(labels)) + 0.4 - width / 2, labels)
+  axes.set_xlabel("perplexity above float")
+  axes.legend()
