@@ -1,13 +1,20 @@
 """Settings and fixtures every test shares."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-import pytest
-import tiny_llama
+# Small programs run once: compiling them is most of the time. Set before jax
+# is imported; processes that tests start inherit it.
+os.environ["XLA_FLAGS"] = " ".join(
+  [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
+)
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import tiny_llama  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 4)  # for the sharding tests
