@@ -14,7 +14,6 @@ instant leaves either the old or the new checkpoint under the final name.
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import importlib.metadata
 import itertools
@@ -30,7 +29,7 @@ from orbax.checkpoint import v1 as ocp
 
 from fireq_jax import __version__, atomic, sharding
 from fireq_jax.config import LlamaConfig
-from fireq_jax.errors import CheckpointError, ResourceError
+from fireq_jax.errors import CheckpointError, ResourceError, disk_errors
 from fireq_jax.manifest import MANIFEST, Leaf, Manifest
 from fireq_jax.models.llama import abstract_params
 from fireq_jax.recipe import Recipe
@@ -421,17 +420,10 @@ def _file_digest(path: Path) -> str:
 
 @contextlib.contextmanager
 def _disk_errors(where: Path) -> Iterator[None]:
-  """Turns failures of the file system, also orbax's, into ours."""
+  """As `disk_errors`, for failures that reach us through orbax too."""
   try:
-    yield
-  except OSError as error:
-    if error.errno in (errno.ENAMETOOLONG, errno.EINVAL):
-      raise CheckpointError(
-        "not a usable path", where=f"{where}"[:100], got=error.strerror
-      ) from error
-    raise ResourceError(
-      error.strerror or str(error), where=error.filename or where
-    ) from error
+    with disk_errors(where):
+      yield
   except ValueError as error:
     if "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error):
       raise ResourceError("no space left on disk", where=where) from error

@@ -4,6 +4,11 @@ Every message is one line: what is wrong, where, what was expected, what was
 found, and a hint. `exit_code` is what a script returns for the error.
 """
 
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+
 
 class FireQError(Exception):
   """Base of every error a user can cause or meet.
@@ -29,7 +34,9 @@ class FireQError(Exception):
     if got is not None:
       parts.append(f"got {got}")
     message = ", ".join(parts)
-    super().__init__(f"{message} ({hint})" if hint else message)
+    message = f"{message} ({hint})" if hint else message
+    printable = (c if c.isprintable() else " " for c in message)
+    super().__init__("".join(printable))
 
 
 class CheckpointError(FireQError):
@@ -56,3 +63,18 @@ class ResourceError(FireQError):
   """The machine lacks something: disk, memory, permission or a device."""
 
   exit_code = 3
+
+
+@contextlib.contextmanager
+def disk_errors(where: str | os.PathLike) -> Iterator[None]:
+  """Turns failures of the file system at `where` into ours."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno in (errno.ENAMETOOLONG, errno.EINVAL):
+      raise CheckpointError(
+        "not a usable path", where=f"{where}"[:100], got=error.strerror
+      ) from error
+    raise ResourceError(
+      error.strerror or str(error), where=error.filename or where
+    ) from error

@@ -8,7 +8,6 @@ the folder, values that are not finite) is refused below.
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,7 +15,7 @@ import math
 import os
 import reprlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +23,12 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from fireq_jax.errors import CheckpointError, ResourceError, UnsupportedError
+from fireq_jax.errors import (
+  CheckpointError,
+  ResourceError,
+  UnsupportedError,
+  disk_errors,
+)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -114,7 +118,7 @@ class HFCheckpoint:
       raise ValueError(f"rows must be contiguous, got {rows}")
     shape = tensor.shape and (max(stop - start, 0), *tensor.shape[1:])
     row = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-    with _disk_errors(tensor.file):
+    with disk_errors(tensor.file):
       values = np.fromfile(
         tensor.file,
         tensor.dtype,
@@ -153,7 +157,7 @@ def open_checkpoint(path: str | os.PathLike) -> HFCheckpoint:
     ResourceError: a file cannot be read.
   """
   folder = Path(path).expanduser()
-  with _disk_errors(folder):
+  with disk_errors(folder):
     if not folder.is_dir():
       raise CheckpointError(
         "not a folder" if folder.exists() else "no such folder",
@@ -178,6 +182,10 @@ def open_checkpoint(path: str | os.PathLike) -> HFCheckpoint:
       tensors[name] = tensor
   if weight_map is not None:
     _check_index(folder / INDEX, weight_map, tensors)
+  if {_DTYPES["BF16"], _DTYPES["F16"]} <= {t.dtype for t in tensors.values()}:
+    raise CheckpointError(
+      "tensors of both BF16 and F16", where=folder, hint=_AGAIN
+    )
   return HFCheckpoint(
     path=folder,
     config=config,
@@ -271,7 +279,7 @@ def _inside(path: Path) -> Path:
   Of links, those within the folder are followed, and those of the Hugging
   Face cache, from `snapshots/REVISION/` to `blobs/`.
   """
-  with _disk_errors(path):
+  with disk_errors(path):
     if not path.is_file():
       raise CheckpointError("no such file", where=path, hint=_AGAIN)
     folder = path.parent.resolve()
@@ -287,7 +295,7 @@ def _inside(path: Path) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
   """Returns the object a file holds."""
-  with _disk_errors(_inside(path)):
+  with disk_errors(_inside(path)):
     size = path.stat().st_size
     if size > _MAX_JSON_BYTES:
       raise CheckpointError(
@@ -329,7 +337,7 @@ def _parse_json(text: bytes, where: Path) -> dict[str, Any]:
 
 def _read_header(shard: Path) -> dict[str, StoredTensor]:
   """Returns the tensors of a shard, after all checks but those of values."""
-  with _disk_errors(shard):
+  with disk_errors(shard):
     size = shard.stat().st_size
     with shard.open("rb") as file:
       start = file.read(8)
@@ -417,20 +425,10 @@ def _count_nonfinite(values: np.ndarray) -> int:
 
 
 def _sha256(file: Path) -> str:
-  with _disk_errors(file), file.open("rb") as stream:
+  with disk_errors(file), file.open("rb") as stream:
     return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _show(name: str) -> str:
   """A name from the file, safe to print on one line."""
   return repr(name) if len(name) < 100 else repr(name[:100]) + "..."
-
-
-@contextlib.contextmanager
-def _disk_errors(where: Path) -> Iterator[None]:
-  try:
-    yield
-  except OSError as error:
-    raise ResourceError(
-      error.strerror or str(error), where=error.filename or where
-    ) from error

@@ -56,9 +56,10 @@ def check_complete(ckpt: HFCheckpoint, config: LlamaConfig) -> None:
   Reads no values. The one message lists missing, unexpected and misshaped
   tensors: how many, and the first ten of each.
   """
-  entries = [(entry.name, entry) for entry in (EMBEDDING, NORM, LM_HEAD)]
+  entries = [(EMBEDDING.name, EMBEDDING)]
   for index in range(config.num_hidden_layers):
     entries += _layer_entries(index)
+  entries += [(entry.name, entry) for entry in (NORM, LM_HEAD)]
   expected = {name: _shape(entry, config) for name, entry in entries}
   stored = {n for n in ckpt.names() if not n.endswith(_IGNORED)}
   if config.tie_word_embeddings and LM_HEAD.name not in stored:
