@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -128,17 +129,23 @@ def write_random_model(folder: Path, config: dict, seed: int = 0) -> None:
   folder.mkdir(parents=True)
   (folder / "config.json").write_text(json.dumps(config))
   parts = list(_parts(config))
-  weight_map, total = {}, 0
-  for i, shapes in enumerate(parts):
+
+  def write(i: int) -> tuple[dict[str, str], int]:
     rng = np.random.default_rng((seed, i))
     tensors = {
       name: _random(rng, shape).astype(ml_dtypes.bfloat16)
-      for name, shape in shapes.items()
+      for name, shape in parts[i].items()
     }
     file = f"model-{i + 1:05}-of-{len(parts):05}.safetensors"
     save_file(tensors, folder / file)
-    weight_map |= dict.fromkeys(tensors, file)
-    total += sum(t.nbytes for t in tensors.values())
+    size = sum(t.nbytes for t in tensors.values())
+    return dict.fromkeys(tensors, file), size
+
+  weight_map, total = {}, 0
+  with ThreadPoolExecutor() as pool:
+    for names, size in pool.map(write, range(len(parts))):
+      weight_map |= names
+      total += size
   (folder / "model.safetensors.index.json").write_text(
     json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
   )
