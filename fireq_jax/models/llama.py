@@ -71,6 +71,21 @@ def init_params(
   return params
 
 
+def cast_floats(tree: Any, dtype: jax.typing.DTypeLike) -> Any:
+  """Casts embeddings, kernels and gains; leaves quantised kernels as they are.
+
+  Factors of keys stay f32 as well.
+  """
+
+  def cast(path, leaf):
+    name = getattr(path[-1], "key", None)
+    return (
+      leaf.astype(dtype) if name in ("embedding", "kernel", "weight") else leaf
+    )
+
+  return jax.tree_util.tree_map_with_path(cast, tree)
+
+
 def abstract_params(config: LlamaConfig, recipe: Recipe) -> Params:
   """Shapes and dtypes of the model `recipe` makes: `ShapeDtypeStruct` leaves.
 
@@ -97,10 +112,13 @@ def abstract_params(config: LlamaConfig, recipe: Recipe) -> Params:
         if weight is not None:
           projection = layer[block][name]
           projection["kernel"] = quantized(projection["kernel"], weight)
-      if recipe.keys.top_k:
-        layer["self_attn"]["key_scale"] = jnp.zeros(
-          (config.num_key_value_heads, config.head_dim), jnp.float32
-        )
+      per_channel = jnp.zeros(
+        (config.num_key_value_heads, config.head_dim), jnp.float32
+      )
+      if recipe.keys.top_k or recipe.keys.fit:
+        layer["self_attn"]["key_scale"] = per_channel
+      if recipe.keys.fit:
+        layer["self_attn"]["key_shift"] = per_channel
     if recipe.rotation.residual and config.tie_word_embeddings:
       params["lm_head"] = {
         "kernel": params["model"]["embed_tokens"]["embedding"].T
@@ -178,7 +196,7 @@ def forward(
   span = make_span(config, starts, counts, length)
 
   model = params["model"]
-  embedding = jnp.asarray(model["embed_tokens"]["embedding"])
+  embedding = model["embed_tokens"]["embedding"]
   with jax.named_scope("embed"):
     x = embedding.at[tokens].get(mode="fill", wrap_negative_indices=False)
   layer_caches: list[Any] = []
@@ -257,6 +275,9 @@ def decoder_layer(
       key_scale = attn["key_scale"]
       k = k * key_scale
       q = q / jnp.repeat(key_scale, q.shape[2] // k.shape[2], axis=0)
+    if "key_shift" in attn:
+      # Adds one number to all scores of a query, which softmax ignores.
+      k = k - attn["key_shift"]
   with jax.named_scope("attention"):
     if cache is not None:
       kv = cache.format
