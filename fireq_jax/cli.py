@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
@@ -41,7 +42,7 @@ def run(
     print(values.get_help().split("\nabsl.flags:")[0])
     return 0
   try:
-    with _terminate_as_exception():
+    with _terminate_as_exception(), _one_line_warnings():
       _parse(argv, values)
       body(values)
     return 0
@@ -98,6 +99,16 @@ def _as_user_error(error: BaseException) -> FireQError | None:
       "out of memory", got=str(error).split("\n")[0] or "MemoryError"
     )
   return None
+
+
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+  def show(message, category, filename, lineno, file=None, line=None):
+    print(f"warning: {message}", file=sys.stderr)
+
+  with warnings.catch_warnings():
+    warnings.showwarning = show
+    yield
 
 
 @contextlib.contextmanager

@@ -182,6 +182,7 @@ def open_checkpoint(path: str | os.PathLike) -> HFCheckpoint:
       tensors[name] = tensor
   if weight_map is not None:
     _check_index(folder / INDEX, weight_map, tensors)
+  # No model mixes these: one dtype was damaged into the other.
   if {_DTYPES["BF16"], _DTYPES["F16"]} <= {t.dtype for t in tensors.values()}:
     raise CheckpointError(
       "tensors of both BF16 and F16", where=folder, hint=_AGAIN

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from fireq_jax.config import KVFormat, LlamaConfig
 from fireq_jax.qtensor import (
   pack_int4,
+  round_bf16,
+  round_e4m3,
   to_e4m3,
   unpack_int4,
 )
@@ -145,10 +147,11 @@ def _quantize(x: jax.Array, kv: KVFormat) -> tuple[jax.Array, jax.Array]:
   x = x.astype(jnp.float32)
   largest = 7.0 if kv.cache == "int4" else 448.0
   scale = jnp.max(jnp.abs(x), axis=-1) * (1 / largest)
-  stored = _SCALE_DTYPES[kv.scale]
-  if stored == jnp.float8_e4m3fn:
-    scale = to_e4m3(scale)
-  scale = scale.astype(stored).astype(jnp.float32)
+  match kv.scale:
+    case "e4m3":
+      scale = round_e4m3(scale)
+    case "bf16":
+      scale = round_bf16(scale)
   zero = scale < jnp.finfo(jnp.float32).tiny
   scale = jnp.where(zero, 1.0, scale)
   codes = jnp.where(zero[..., None], 0.0, x / scale[..., None])

@@ -39,15 +39,15 @@ def linear(
   out_dtype = out_dtype or x.dtype
   if not isinstance(w, QTensor):
     return _matmul(x, w).astype(out_dtype)
-  scale = None
-  if w.activation == "e4m3":
-    x, scale = quantize_e4m3(x)
   # Values rounded to e4m3 are exact in bf16; unrounded products need f32.
-  bf16_exact = w.scale.dtype == jnp.float8_e4m3fn and x.dtype != jnp.float32
-  operand = jnp.bfloat16 if bf16_exact else jnp.float32
-  y = _matmul(x.astype(operand), w.dequantize(operand).T)
-  if scale is not None:
-    y = y * scale[..., None]
+  rounded = w.scale.dtype == jnp.float8_e4m3fn
+  if w.activation == "e4m3":
+    operand = jnp.bfloat16 if rounded else jnp.float32
+    x, scale = quantize_e4m3(x, operand)
+    y = _matmul(x, w.dequantize(operand).T) * scale[..., None]
+  else:
+    operand = x.dtype if rounded else jnp.float32
+    y = _matmul(x.astype(operand), w.dequantize(operand).T)
   return y.astype(out_dtype)
 
 

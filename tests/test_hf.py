@@ -1,5 +1,6 @@
 """Model folders are read as they are, whichever way they are laid out."""
 
+import errno
 import hashlib
 import shutil
 
@@ -8,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fireq_jax import hf
-from fireq_jax.errors import CheckpointError
+from fireq_jax.errors import CheckpointError, ResourceError
 
 
 def contents(folder):
@@ -151,3 +152,15 @@ def test_an_unknown_tensor_and_a_file_cut_off_later(make_hf_checkpoint):
   last = max(ckpt.tensors, key=lambda name: ckpt.tensors[name].offset)
   with pytest.raises(CheckpointError, match="has become shorter"):
     ckpt.read(last)
+
+
+def test_a_failing_disk_is_named(make_hf_checkpoint, monkeypatch):
+  """ME02"""
+  ckpt = hf.open_checkpoint(make_hf_checkpoint())
+
+  def fail(*args, **kwargs):
+    raise OSError(errno.EIO, "Input/output error")
+
+  monkeypatch.setattr(np, "fromfile", fail)
+  with pytest.raises(ResourceError, match="model.safetensors: Input/output"):
+    ckpt.read("model.norm.weight")

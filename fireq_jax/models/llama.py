@@ -196,7 +196,7 @@ def forward(
   span = make_span(config, starts, counts, length)
 
   model = params["model"]
-  embedding = model["embed_tokens"]["embedding"]
+  embedding = jnp.asarray(model["embed_tokens"]["embedding"])
   with jax.named_scope("embed"):
     x = embedding.at[tokens].get(mode="fill", wrap_negative_indices=False)
   layer_caches: list[Any] = []
