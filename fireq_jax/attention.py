@@ -3,18 +3,24 @@
 import jax
 import jax.numpy as jnp
 
-from fireq_jax.kv_cache import KeyValues
+from fireq_jax import kv_cache
+from fireq_jax.config import Implementation
+from fireq_jax.kv_cache import KeyValues, LayerCache
+from fireq_jax.pallas import decode_attention as decode
+from fireq_jax.pallas import prefill_attention as prefill
+from fireq_jax.pallas.device import require_hopper
 from fireq_jax.qtensor import quantize_e4m3
 
 
 def attention(
   q: jax.Array,
   q_scale: jax.Array | None,
-  kv: KeyValues,
+  kv: KeyValues | LayerCache,
   *,
   starts: jax.Array,
   counts: jax.Array,
   out_dtype: jax.typing.DTypeLike,
+  implementation: Implementation = "xla",
 ) -> jax.Array:
   """Attends each query to the keys up to and including its own position.
 
@@ -26,14 +32,29 @@ def attention(
   Args:
     q: bf16 or f32 [B, T, N, H], or e4m3 codes.
     q_scale: f32 [B, T, N] of e4m3 codes, else None.
-    kv: S keys and values, of which a row may use only the first.
+    kv: S keys and values, of which a row may use only the first; or a cache
+      that holds them.
     starts: i32 [B], the position of each row's first query.
     counts: i32 [B], how many of the T queries are real; others give zeros.
     out_dtype: dtype of the result.
+    implementation: "mosaic_gpu" for the Hopper kernels, "xla" for plain JAX,
+      "auto" for a kernel where there is one.
 
   Returns:
     [B, T, N, H].
+
+  Raises:
+    NotImplementedError: the kernel asked for by name cannot run this.
   """
+  if implementation != "xla":
+    try:
+      out = _mosaic_attention(q, q_scale, kv, starts, counts)
+      return out.astype(out_dtype)
+    except NotImplementedError:
+      if implementation == "mosaic_gpu":
+        raise
+  if isinstance(kv, LayerCache):
+    kv = kv_cache.read(kv)
   batch, length, heads, head_dim = q.shape
   kv_heads = kv.k.shape[2]
   # Codes are exact in bf16.
@@ -63,13 +84,31 @@ def attention(
   if kv.v_scale is not None:
     p *= _over_tokens(kv.v_scale)
     if q_scale is not None:
-      p, p_scale = quantize_e4m3(p, exact)
+      p, p_scale = quantize_e4m3(p)
   out = _einsum("bkgts,bskh->bkgth", p.astype(exact), kv.v.astype(exact))
   if p_scale is not None:
     out *= p_scale[..., None]
   out /= jnp.where(total == 0, 1.0, total)[..., None]
   out = jnp.moveaxis(out, 3, 1)
   return out.reshape(batch, length, heads, head_dim).astype(out_dtype)
+
+
+def _mosaic_attention(q, q_scale, kv, starts, counts):
+  require_hopper()
+  if isinstance(kv, LayerCache):
+    if kv.format.cache != "int4":
+      raise NotImplementedError(f"no kernel reads a {kv.format.cache} cache")
+    if q.shape[1] <= decode.MAX_QUERIES:
+      out = decode.decode_attention(
+        q, q_scale, kv.k, kv.k_scale, kv.v, kv.v_scale, starts
+      )
+      real = jnp.arange(q.shape[1], dtype=jnp.int32) < counts[:, None]
+      return jnp.where(real[..., None, None], out, 0)
+    kv = kv_cache.read(kv)
+  if q_scale is None or kv.k.dtype != jnp.int8:
+    raise NotImplementedError("prefill needs e4m3 queries and INT4 codes")
+  operands = prefill.prefill_operands(kv.k, kv.k_scale, kv.v, kv.v_scale)
+  return prefill.prefill_attention(q, q_scale, *operands, starts, counts)
 
 
 def _over_tokens(scale: jax.Array) -> jax.Array:

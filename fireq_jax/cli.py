@@ -103,11 +103,10 @@ def _as_user_error(error: BaseException) -> FireQError | None:
 
 @contextlib.contextmanager
 def _one_line_warnings() -> Iterator[None]:
-  def show(message, category, filename, lineno, file=None, line=None):
-    print(f"warning: {message}", file=sys.stderr)
-
   with warnings.catch_warnings():
-    warnings.showwarning = show
+    warnings.showwarning = lambda message, *_: print(
+      f"warning: {message}", file=sys.stderr
+    )
     yield
 
 

@@ -328,7 +328,10 @@ def _check_options(
 
 
 def _capacity(options: GenerateConfig, width: int) -> int:
-  return options.cache_capacity or width + options.max_new_tokens
+  if options.cache_capacity is not None:
+    return options.cache_capacity
+  needed = width + options.max_new_tokens
+  return -(-needed // 16) * 16  # a unit of what the decode kernel copies
 
 
 def _values(x: Any) -> Any:

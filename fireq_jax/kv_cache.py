@@ -12,24 +12,16 @@ import jax
 import jax.numpy as jnp
 
 from fireq_jax.config import KVFormat, LlamaConfig
-from fireq_jax.qtensor import (
-  pack_int4,
-  round_bf16,
-  round_e4m3,
-  to_e4m3,
-  unpack_int4,
-)
+from fireq_jax.errors import UnsupportedError
+from fireq_jax.pallas import kv_layout
+from fireq_jax.qtensor import to_e4m3
 
 _SCALE_DTYPES = {
   "bf16": jnp.bfloat16,
   "e4m3": jnp.float8_e4m3fn,
   "f32": jnp.float32,
 }
-_CODE_DTYPES = {
-  "int4": jnp.uint8,
-  "e4m3": jnp.float8_e4m3fn,
-  "bf16": jnp.bfloat16,
-}
+_CODE_DTYPES = {"e4m3": jnp.float8_e4m3fn, "bf16": jnp.bfloat16}
 
 
 @flax.struct.dataclass
@@ -56,9 +48,10 @@ class LayerCache:
   """One layer's keys and values for S tokens of B sequences.
 
   Attributes:
-    k: [B, K, S, H] e4m3 or bf16, or uint8 [B, K, S, H / 2] with two INT4
-      codes a byte, even channel low.
-    v: the same for values.
+    k: [B, K, S, H] e4m3 or bf16, or uint32 [B, K, S, H / 8], the K words of
+      `pallas.kv_layout`.
+    v: [B, K, S, H] e4m3 or bf16, or uint32 [B, K, ceil(S / 32), ...], its
+      V words.
     k_scale: [B, K, S] of dtype `format.scale`, or None for bf16.
     v_scale: the same for values.
     format: what is held (static).
@@ -96,17 +89,28 @@ def init_cache(
   config: LlamaConfig, batch: int, capacity: int, kv: KVFormat
 ) -> KVCache:
   """Returns an empty cache of `capacity` tokens for each of `batch` rows."""
-  packing = 2 if kv.cache == "int4" else 1
-  shape = (batch, config.num_key_value_heads, capacity)
-  codes = (*shape, config.head_dim // packing)
+  heads, head_dim = config.num_key_value_heads, config.head_dim
+  shape = (batch, heads, capacity)
+
+  def codes(for_values):
+    if kv.cache != "int4":
+      return jnp.zeros((*shape, head_dim), _CODE_DTYPES[kv.cache])
+    if head_dim % 8:
+      raise UnsupportedError(
+        "an INT4 cache needs head_dim to be a multiple of 8", got=head_dim
+      )
+    if for_values:
+      words = kv_layout.values_shape(capacity, head_dim)
+      return jnp.zeros((batch, heads, *words), jnp.uint32)
+    return jnp.zeros((*shape, head_dim // 8), jnp.uint32)
 
   def layer():
     scale = lambda: (
       None if kv.cache == "bf16" else jnp.ones(shape, _SCALE_DTYPES[kv.scale])
     )
     return LayerCache(
-      k=jnp.zeros(codes, _CODE_DTYPES[kv.cache]),
-      v=jnp.zeros(codes, _CODE_DTYPES[kv.cache]),
+      k=codes(False),
+      v=codes(True),
       k_scale=scale(),
       v_scale=scale(),
       format=kv,
@@ -120,8 +124,10 @@ def init_cache(
 
 def bytes_per_token(config: LlamaConfig, kv: KVFormat) -> int:
   """Bytes that one token of one sequence takes in all layers together."""
-  cache = jax.eval_shape(lambda: init_cache(config, 1, 1, kv))
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.layers))
+  tokens = kv_layout.BLOCK
+  cache = jax.eval_shape(lambda: init_cache(config, 1, tokens, kv))
+  leaves = jax.tree.leaves(cache.layers)
+  return sum(x.size * x.dtype.itemsize for x in leaves) // tokens
 
 
 def encode(k: jax.Array, v: jax.Array, kv: KVFormat) -> KeyValues:
@@ -147,11 +153,10 @@ def _quantize(x: jax.Array, kv: KVFormat) -> tuple[jax.Array, jax.Array]:
   x = x.astype(jnp.float32)
   largest = 7.0 if kv.cache == "int4" else 448.0
   scale = jnp.max(jnp.abs(x), axis=-1) * (1 / largest)
-  match kv.scale:
-    case "e4m3":
-      scale = round_e4m3(scale)
-    case "bf16":
-      scale = round_bf16(scale)
+  stored = _SCALE_DTYPES[kv.scale]
+  if stored == jnp.float8_e4m3fn:
+    scale = to_e4m3(scale)
+  scale = scale.astype(stored).astype(jnp.float32)
   zero = scale < jnp.finfo(jnp.float32).tiny
   scale = jnp.where(zero, 1.0, scale)
   codes = jnp.where(zero[..., None], 0.0, x / scale[..., None])
@@ -202,11 +207,16 @@ def append(
       unique_indices=True,
     )
 
-  pack = pack_int4 if layer.format.cache == "int4" else lambda codes: codes
+  if layer.format.cache == "int4":
+    room = jnp.clip(capacity - starts, 0, counts)
+    new_k = write(layer.k, kv_layout.pack_words(new.k))
+    new_v = kv_layout.append_values(layer.v, new.v, starts, room)
+  else:
+    new_k, new_v = write(layer.k, new.k), write(layer.v, new.v)
   return dataclasses.replace(
     layer,
-    k=write(layer.k, pack(new.k)),
-    v=write(layer.v, pack(new.v)),
+    k=new_k,
+    v=new_v,
     k_scale=write(layer.k_scale, new.k_scale),
     v_scale=write(layer.v_scale, new.v_scale),
   )
@@ -214,13 +224,16 @@ def append(
 
 def read(layer: LayerCache) -> KeyValues:
   """Returns all S tokens of a layer in logical order."""
-  unpack = unpack_int4 if layer.format.cache == "int4" else lambda codes: codes
+  k, v = layer.k, layer.v
+  if layer.format.cache == "int4":
+    k = kv_layout.unpack_words(k)
+    v = kv_layout.unpack_values(v)[:, :, : k.shape[2]]
   scale = lambda x: None if x is None else x.astype(jnp.float32)
   return jax.tree.map(
     lambda x: jnp.swapaxes(x, 1, 2),
     KeyValues(
-      k=unpack(layer.k),
-      v=unpack(layer.v),
+      k=k,
+      v=v,
       k_scale=scale(layer.k_scale),
       v_scale=scale(layer.v_scale),
     ),

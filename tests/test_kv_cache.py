@@ -159,10 +159,10 @@ def test_donated_append_is_in_place(kv):
 def test_bytes_per_token(kv, per_head):
   # 3 layers, keys and values, 2 heads
   assert kv_cache.bytes_per_token(CONFIG, kv) == 3 * 2 * 2 * per_head
-  cache = kv_cache.init_cache(CONFIG, 5, 12, kv)
+  cache = kv_cache.init_cache(CONFIG, 5, 64, kv)
   held = sum(x.nbytes for x in jax.tree.leaves(cache.layers))
-  assert held == 5 * 12 * kv_cache.bytes_per_token(CONFIG, kv)
-  assert cache.capacity == 12 and cache.format == kv
+  assert held == 5 * 64 * kv_cache.bytes_per_token(CONFIG, kv)
+  assert cache.capacity == 64 and cache.format == kv
 
 
 def test_int4_error_is_half_a_step():

@@ -1,0 +1,464 @@
+"""Decode attention over an INT4 KV cache: few queries, many cached tokens.
+
+For every sequence b and kv head, with query rows r (the queries of its G heads
+for T tokens) and cached tokens s:
+
+  score[r, s] = sm_scale * q_scale[r] * k_scale[s] * sum_h q[r, h] k[s, h]
+  out[r, h]   = sum_s softmax(score)[r, s] * v_scale[s] * v[s, h]
+
+k and v are the INT4 codes themselves. Products are exact in bf16 operands, but
+for P, which is rounded to bf16 after v's scale; everything else is f32.
+
+Who does what (one persistent CTA a multiprocessor):
+
+  producer     | K V K V K V ...  TMA, a ring of blocks that runs on from one
+               |                  (sequence, head, split) to the next
+  consumer 0   |  block 0      block 3      block 6     | merge |
+  consumer 1   |    block 1      block 4       ...      |       |
+  consumer 2   |      block 2      block 5              |       |
+
+Each warp of a consumer takes a quarter of a block's tokens, keeps its own
+maximum, sum and output, and meets the others only in the merge, through shared
+memory. The bytes stream; the instruction count per block is what it must stay
+above (`int4_fragments` says how words become operands).
+
+With several splits the partial outputs are combined by a second, small kernel.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from fireq_jax.config import check
+from fireq_jax.pallas import int4_fragments as frag
+
+MAX_QUERIES = 8
+_ROWS = frag.ROWS
+_NEVER = -1e30  # a maximum below every score, finite so that differences are
+_REGISTERS = {1: 232, 2: 232, 3: 152}  # of a consumer, by their number
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+  """Free choices of the kernel.
+
+  Attributes:
+    block: cached tokens of one step of the ring, a multiple of 128.
+    stages: steps of the ring, a multiple of `consumers`.
+    consumers: warpgroups that compute.
+    splits: parts into which a sequence is cut; None chooses by `best_splits`.
+    ctas: persistent CTAs, one a multiprocessor.
+  """
+
+  block: int = 128
+  stages: int = 9
+  consumers: int = 3
+  splits: int | None = None
+  ctas: int = 132
+
+  def __post_init__(self):
+    check(
+      self.block % frag.TOKENS == 0 and self.block > 0,
+      "decode block must be a positive multiple of 128",
+      got=self.block,
+    )
+    check(
+      self.consumers in _REGISTERS and self.stages % self.consumers == 0,
+      "decode stages must be a multiple of 1, 2 or 3 consumers",
+      got=f"{self.stages} and {self.consumers}",
+    )
+
+
+def best_splits(items: int, blocks: int, ctas: int) -> int:
+  """Parts that end soonest: rounds of CTAs times blocks of a part.
+
+  Args:
+    items: (sequence, head) pairs.
+    blocks: blocks of the longest sequence.
+    ctas: CTAs that work at a time.
+  """
+  edge = 6  # starting and merging a part takes as long as this many blocks
+
+  def cost(splits):
+    rounds = -(-items * splits // ctas)
+    return rounds * (-(-blocks // splits) + edge) + (edge if splits > 1 else 0)
+
+  return min(range(1, max(1, min(blocks, ctas)) + 1), key=cost)
+
+
+def unsupported(
+  q: jax.Array, k_words: jax.Array, k_scale: jax.Array
+) -> str | None:
+  """Why the kernel cannot attend with these operands, or None."""
+  if q.shape[-1] not in (64, 128):
+    return f"head_dim {q.shape[-1]} is neither 64 nor 128"
+  if q.dtype not in (jnp.float8_e4m3fn, jnp.bfloat16):
+    return f"queries are {q.dtype}, not e4m3 or bf16"
+  if k_scale.dtype not in (jnp.bfloat16, jnp.float32):
+    return f"scales are {k_scale.dtype}, not bf16 or f32"
+  if k_words.shape[2] % 16:
+    return f"the capacity {k_words.shape[2]} is not a multiple of 16"
+  if q.shape[1] > MAX_QUERIES:
+    return f"{q.shape[1]} query tokens are more than {MAX_QUERIES}"
+  return None
+
+
+def decode_attention(
+  q: jax.Array,
+  q_scale: jax.Array | None,
+  k_words: jax.Array,
+  k_scale: jax.Array,
+  v_words: jax.Array,
+  v_scale: jax.Array,
+  starts: jax.Array,
+  *,
+  tuning: Tuning | None = None,
+) -> jax.Array:
+  """Attends the newest few tokens to a cache that already holds them.
+
+  Args:
+    q: e4m3 or bf16 [B, T, N, H], T <= 8; query t of row b sees the tokens up
+      to `starts[b] + t`.
+    q_scale: f32 [B, T, N] of e4m3 queries, else None.
+    k_words: uint32 [B, K, S, H / 8], as `kv_layout` packs them.
+    k_scale: bf16 or f32 [B, K, S].
+    v_words: uint32 [B, K, ceil(S / 32), H / 32, 128].
+    v_scale: bf16 or f32 [B, K, S].
+    starts: i32 [B], the position of each row's first query.
+    tuning: the free choices.
+
+  Returns:
+    bf16 [B, T, N, H].
+
+  Raises:
+    NotImplementedError: see `unsupported`.
+  """
+  if reason := unsupported(q, k_words, k_scale):
+    raise NotImplementedError(reason)
+  tuning = tuning or Tuning()
+  batch, length, n, head_dim = q.shape
+  kv_heads, capacity = k_words.shape[1:3]
+  group = n // kv_heads
+  rows = length * group
+  blocks = -(-rows // _ROWS)  # of query rows; each is an item of its own
+  if tuning.splits is None:
+    splits = best_splits(
+      batch * kv_heads * blocks, -(-capacity // tuning.block), tuning.ctas
+    )
+    tuning = dataclasses.replace(tuning, splits=splits)
+
+  def by_head(x):
+    """[B, T, N, ...] -> [B, K blocks, ROWS, ...], padded with zeros."""
+    x = jnp.moveaxis(x.reshape(batch, length, kv_heads, group, -1), 2, 1)
+    x = x.reshape(batch, kv_heads, rows, -1)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, blocks * _ROWS - rows), (0, 0)))
+    return x.reshape(batch, kv_heads * blocks, _ROWS, -1)
+
+  if q_scale is None:
+    q_scale = jnp.ones((batch, length, n), jnp.float32)
+  log2_scale = q_scale * (math.log2(math.e) * head_dim**-0.5)
+  out, stats = _kernel(
+    by_head(q),
+    by_head(log2_scale)[..., 0],
+    k_words,
+    k_scale,
+    v_words,
+    v_scale,
+    starts,
+    group=group,
+    queries=length,
+    tuning=tuning,
+  )
+  out = out[:, :, 0] if tuning.splits == 1 else _combine(out, stats)
+  out = out.reshape(batch, kv_heads, blocks * _ROWS, head_dim)[:, :, :rows]
+  out = out.reshape(batch, kv_heads, length, group, head_dim)
+  return jnp.moveaxis(out, 1, 2).reshape(q.shape)
+
+
+def _load(ref, layout):
+  return plgpu.load(ref, (), layout=layout, optimized=False)
+
+
+def _fill(value, shape, layout):
+  return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def _spread(x, shape, axis, layout):
+  return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, (axis,)), layout)
+
+
+def _merged_layout(head_dim):
+  """[ROWS, H], 1 / 16 of a row a thread."""
+  return plgpu.Layout.TILED(
+    plgpu.Tiling(((_ROWS, head_dim), (2, head_dim), (head_dim // 16,))),
+    warp_dims=(-5,),
+    lane_dims=(-3, -2),
+    vector_dim=-1,
+  )
+
+
+def _combine(sums, stats):
+  """[B, K, splits, ROWS, H] and [.., 2, ROWS] -> bf16 [B, K, ROWS, H]."""
+  peak, total = stats[:, :, :, 0], stats[:, :, :, 1]
+  weight = jnp.exp2(peak - peak.max(axis=2, keepdims=True))
+  total = jnp.sum(total * weight, axis=2)[..., None]
+  out = jnp.sum(sums * weight[..., None], axis=2)
+  return (out / jnp.where(total > 0, total, 1.0)).astype(jnp.bfloat16)
+
+
+def _kernel(
+  q, q_scale, k_words, k_scale, v_words, v_scale, starts, *, group, queries,
+  tuning,
+):  # fmt: skip
+  """Runs the kernel on query rows [B, K blocks, ROWS, ...].
+
+  Returns:
+    [B, K blocks, splits, ROWS, H]: bf16 outputs if there is one split, else
+    f32 sums; and f32 [B, K blocks, splits, 2, ROWS], maxima and sums of
+    weights.
+  """
+  batch, heads, rows, head_dim = q.shape
+  block, stages, nc = tuning.block, tuning.stages, tuning.consumers
+  splits = tuning.splits
+  row_blocks = heads // k_words.shape[1]
+  # Rows of 128 words are copied faster than rows of one token.
+  k_row = 1024 // head_dim
+  k_words = k_words.reshape(*k_words.shape[:2], -1, 128)
+  items = batch * heads * splits
+  ctas = min(tuning.ctas, items)
+  merged = _merged_layout(head_dim)
+  partials = 4 * nc
+  out_dtype = jnp.bfloat16 if splits == 1 else jnp.float32
+
+  def kernel(
+    q_gmem, qs_gmem, k_gmem, ks_gmem, v_gmem, vs_gmem, start_gmem,
+    out_gmem, stat_gmem,
+    *,
+    q_smem, k_smem, ks_smem, v_smem, vs_smem, o_smem, m_smem, l_smem,
+    full, empty, q_full, q_empty, merge_ready, merge_done,
+  ):  # fmt: skip
+    wg = lax.axis_index("wg")
+    cta = lax.axis_index("cta")
+    my_items = lax.div(items - cta + ctas - 1, ctas)
+
+    def span(i):
+      """Item i of this CTA: its place, its blocks and its tokens."""
+      item = cta + i * ctas
+      split = lax.rem(item, splits)
+      head = lax.rem(lax.div(item, splits), heads)
+      b = lax.div(item, splits * heads)
+      length = start_gmem[b] + queries
+      blocks = lax.div(length + (block - 1), block)
+      share = lax.div(blocks + (splits - 1), splits)
+      first = lax.min(split * share, blocks)
+      count = lax.min(share, blocks - first)
+      return b, head, split, first, count, length
+
+    @pl.when(wg == nc)
+    def produce():
+      plgpu.set_max_registers(40, action="decrease")
+
+      def item(i, issued):
+        b, head, _, first, count, _ = span(i)
+        slot = lax.rem(i, 2)
+
+        @pl.when(i >= 2)
+        def _():
+          plgpu.barrier_wait(q_empty.at[slot])
+          frag.fence_async_proxy()
+
+        plgpu.copy_gmem_to_smem(
+          q_gmem.at[b, head], q_smem.at[slot], q_full.at[slot]
+        )
+
+        def step(j, _):
+          stage = lax.rem(issued + j, stages)
+
+          @pl.when(issued + j >= stages)
+          def _():
+            plgpu.barrier_wait(empty.at[stage])
+            frag.fence_async_proxy()
+
+          token = (first + j) * block
+          tokens = pl.ds(token, block)
+          k_rows = pl.ds(lax.div(token, k_row), block // k_row)
+          kv_head = lax.div(head, row_blocks)
+          blocks = pl.ds(lax.div(token, 32), block // 32)
+          for source, target in (
+            (k_gmem.at[b, kv_head, k_rows], k_smem),
+            (v_gmem.at[b, kv_head, blocks], v_smem),
+            (ks_gmem.at[b, kv_head, tokens], ks_smem),
+            (vs_gmem.at[b, kv_head, tokens], vs_smem),
+          ):
+            plgpu.copy_gmem_to_smem(source, target.at[stage], full.at[stage])
+
+        lax.fori_loop(0, count, step, None)
+        return issued + count
+
+      issued = lax.fori_loop(0, my_items, item, jnp.int32(0))
+      for s in range(stages):
+
+        @pl.when(issued > s)
+        def _(s=s):
+          plgpu.barrier_wait(empty.at[s])
+
+      for s in range(2):
+
+        @pl.when(my_items > s)
+        def _(s=s):
+          plgpu.barrier_wait(q_empty.at[s])
+
+    @pl.when(wg < nc)
+    def consume():
+      plgpu.set_max_registers(_REGISTERS[nc], action="increase")
+
+      def item(i, done):
+        b, head, split, first, count, length = span(i)
+        slot = lax.rem(i, 2)
+        plgpu.barrier_wait(q_full.at[slot])
+        q = _load(q_smem.at[slot], frag.queries(head_dim))
+        q = q.astype(jnp.float32).astype(jnp.bfloat16)
+        plgpu.barrier_arrive(q_empty.at[slot])
+        q_scale = _load(qs_gmem.at[b, head], frag.PER_ROW)
+        nothing = plgpu.layout_cast(
+          jnp.zeros((block // k_row, 128), jnp.uint32),
+          frag.key_words(head_dim),
+        )
+        # Every score is too large by the product with codes of zero.
+        bias = frag.key_products(nothing, q)
+
+        def body(j, carry, masked):
+          acc, m, l, p_sum = carry
+          index = mine + j * nc
+          stage = lax.rem(done + index, stages)
+          plgpu.barrier_wait(full.at[stage])
+          keys = _load(k_smem.at[stage], frag.key_words(head_dim))
+          x = frag.key_products(keys, q)
+          shape = x.shape
+          x = x - bias
+          per_token = lambda ref: _spread(
+            _load(ref.at[stage], frag.PER_TOKEN).astype(jnp.float32),
+            shape, 0, frag.SCORES,
+          )  # fmt: skip
+          x = x * per_token(ks_smem)
+          x = x * _spread(q_scale, shape, 1, frag.SCORES)
+          if masked:
+            iota = functools.partial(
+              plgpu.broadcasted_iota, jnp.int32, shape, layout=frag.SCORES
+            )
+            token = iota(0) + (first + index) * block
+            row = lax.rem(head, row_blocks) * _ROWS + iota(1)
+            last = length - queries + lax.div(row, group)
+            x = jnp.where(token <= last, x, -jnp.inf)
+          m_new = jnp.maximum(m, frag.warp_max(x))
+          alpha = jnp.exp2(m - m_new)
+          p = jnp.exp2(x - frag.to_scores(m_new, block))
+          decay = frag.to_scores(alpha, block)
+          l = l * decay + p
+          p = frag.to_bf16(p * per_token(vs_smem))
+          p_sum = p_sum * decay + p.astype(jnp.float32)
+          acc = acc * _spread(alpha, acc.shape, 0, frag.OUTPUTS)
+          values = _load(v_smem.at[stage], frag.value_words(head_dim))
+          acc = frag.value_products(acc, p, values)
+          plgpu.barrier_arrive(empty.at[stage])
+          return acc, m_new, l, p_sum
+
+        mine = lax.rem(wg + nc - lax.rem(done, nc), nc)
+        n = lax.div(lax.max(count - mine, 0) + nc - 1, nc)
+        # Blocks whose tokens all queries may see come first.
+        whole = lax.div(lax.max(length - queries + 1, 0), block) - first
+        n_whole = lax.min(n, lax.div(lax.max(whole - mine, 0) + nc - 1, nc))
+        carry = (
+          _fill(0.0, (4 * _ROWS, head_dim), frag.OUTPUTS),
+          _fill(_NEVER, (4 * _ROWS,), frag.STATS),
+          _fill(0.0, (block, _ROWS), frag.SCORES),
+          _fill(0.0, (block, _ROWS), frag.SCORES),
+        )
+        loop = lambda lo, hi, masked, c: lax.fori_loop(
+          lo, hi, functools.partial(body, masked=masked), c
+        )
+        carry = loop(0, n_whole, False, carry)
+        acc, m, l, p_sum = loop(n_whole, n, True, carry)
+
+        # Merge the warps of all consumers; they take turns to do it.
+        l, p_sum = frag.warp_sum(l), frag.warp_sum(p_sum)
+        acc = acc - _spread(frag.BIAS * p_sum, acc.shape, 0, frag.OUTPUTS)
+
+        @pl.when(i > 0)
+        def _():
+          plgpu.barrier_wait(merge_done)
+
+        m_smem.at[wg][...] = m
+        l_smem.at[wg][...] = l
+        o_smem.at[wg][...] = acc
+        plgpu.barrier_arrive(merge_ready)
+        plgpu.barrier_wait(merge_ready)
+
+        @pl.when(lax.rem(i, nc) == wg)
+        def merge():
+          part = lambda ref, p: ref.at[p // 4, pl.ds(p % 4 * _ROWS, _ROWS)]
+          stat = lambda ref, p: _load(part(ref, p), merged.reduce(1))
+          top = functools.reduce(
+            jnp.maximum, [stat(m_smem, p) for p in range(partials)]
+          )
+          total = _fill(0.0, (_ROWS,), merged.reduce(1))
+          out = _fill(0.0, (_ROWS, head_dim), merged)
+          for p in range(partials):
+            weight = jnp.exp2(stat(m_smem, p) - top)
+            total = total + weight * stat(l_smem, p)
+            out = out + _load(part(o_smem, p), merged) * _spread(
+              weight, out.shape, 0, merged
+            )
+          plgpu.barrier_arrive(merge_done)
+          if splits == 1:
+            out = out * _spread(
+              jnp.where(total > 0, 1.0 / total, 0.0), out.shape, 0, merged
+            )
+          out_gmem.at[b, head, split][...] = out.astype(out_dtype)
+          stat_gmem.at[b, head, split, 0][...] = top
+          stat_gmem.at[b, head, split, 1][...] = total
+
+        return done + count
+
+      lax.fori_loop(0, my_items, item, jnp.int32(0))
+      plgpu.barrier_wait(merge_done)
+
+  return plgpu.kernel(
+    kernel,
+    out_type=(
+      jax.ShapeDtypeStruct((batch, heads, splits, rows, head_dim), out_dtype),
+      jax.ShapeDtypeStruct((batch, heads, splits, 2, rows), jnp.float32),
+    ),
+    grid=(ctas,),
+    grid_names=("cta",),
+    num_threads=nc + 1,
+    thread_name="wg",
+    scratch_types=dict(
+      q_smem=plgpu.SMEM((2, rows, head_dim), q.dtype),
+      k_smem=plgpu.SMEM((stages, block // k_row, 128), jnp.uint32),
+      ks_smem=plgpu.SMEM((stages, block), k_scale.dtype),
+      v_smem=plgpu.SMEM((stages, block // 32, head_dim // 32, 128), jnp.uint32),
+      vs_smem=plgpu.SMEM((stages, block), v_scale.dtype),
+      o_smem=plgpu.SMEM((nc, 4 * rows, head_dim), jnp.float32),
+      m_smem=plgpu.SMEM((nc, 4 * rows), jnp.float32),
+      l_smem=plgpu.SMEM((nc, 4 * rows), jnp.float32),
+      full=plgpu.Barrier(num_arrivals=4, num_barriers=stages),
+      empty=plgpu.Barrier(num_arrivals=1, num_barriers=stages),
+      q_full=plgpu.Barrier(num_barriers=2),
+      q_empty=plgpu.Barrier(num_arrivals=nc, num_barriers=2),
+      merge_ready=plgpu.Barrier(num_arrivals=nc),
+      merge_done=plgpu.Barrier(),
+    ),
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True,
+      unsafe_no_auto_barriers=True,
+      lowering_semantics=plgpu.LoweringSemantics.Lane,
+    ),
+    kernel_name="decode_attention",
+  )(q, q_scale, k_words, k_scale, v_words, v_scale, starts)
