@@ -84,7 +84,7 @@ def attention(
   if kv.v_scale is not None:
     p *= _over_tokens(kv.v_scale)
     if q_scale is not None:
-      p, p_scale = quantize_e4m3(p)
+      p, p_scale = quantize_e4m3(p, exact)
   out = _einsum("bkgts,bskh->bkgth", p.astype(exact), kv.v.astype(exact))
   if p_scale is not None:
     out *= p_scale[..., None]

@@ -99,7 +99,8 @@ class LayerStats:
   Attributes:
     tokens: f32 scalar, how many.
     abs_sum: site -> f32 [C], sum of |x|.
-    moment: site -> f32 [C, C], sum of x x^T; empty when not asked for.
+    qkv_moment: f32 [D, D], sum of x x^T over attention inputs; None when not
+      asked for.
     pair_radius: f32 [K, H / 2], largest radius of the pair of channels that
       RoPE turns together (paper section 3, before RoPE).
     key_max: f32 [K, H], largest |k| after RoPE.
@@ -107,36 +108,32 @@ class LayerStats:
 
   tokens: jax.Array
   abs_sum: dict[str, jax.Array]
-  moment: dict[str, jax.Array]
+  qkv_moment: jax.Array | None
   pair_radius: jax.Array
   key_max: jax.Array
 
 
-def window_stats(
-  captured: dict[str, jax.Array], *, moments: bool
-) -> LayerStats:
+def window_stats(captured: dict[str, jax.Array], *, moment: bool) -> LayerStats:
   """Statistics of one window's activations, as `decoder_layer` captures them.
 
   Args:
     captured: activations of [1, T, ...].
-    moments: whether to compute `LayerStats.moment`.
+    moment: whether to compute `LayerStats.qkv_moment`.
   """
-  abs_sum, moment = {}, {}
-  for site in SITES:
-    x = captured[f"{site}_in"]
-    x = x.reshape(-1, x.shape[-1])
-    abs_sum[site] = jnp.abs(x.astype(jnp.float32)).sum(axis=0)
-    if moments:
-      moment[site] = jnp.matmul(
-        x.T, x, precision="highest", preferred_element_type=jnp.float32
-      )
+  inputs = {
+    site: captured[f"{site}_in"].reshape(-1, captured[f"{site}_in"].shape[-1])
+    for site in SITES
+  }
   before = captured["k_pre_rope"].astype(jnp.float32)
   after = captured["k_post_rope"].astype(jnp.float32)
   first, second = jnp.split(before, 2, axis=-1)
   return LayerStats(
     tokens=jnp.float32(before.shape[0] * before.shape[1]),
-    abs_sum=abs_sum,
-    moment=moment,
+    abs_sum={
+      site: jnp.abs(x.astype(jnp.float32)).sum(axis=0)
+      for site, x in inputs.items()
+    },
+    qkv_moment=outer_sum(inputs["qkv"]) if moment else None,
     pair_radius=jnp.hypot(first, second).max(axis=(0, 1)),
     key_max=jnp.abs(after).max(axis=(0, 1)),
   )
@@ -148,9 +145,16 @@ def merge_stats(a: LayerStats, b: LayerStats) -> LayerStats:
   return LayerStats(
     tokens=a.tokens + b.tokens,
     abs_sum=add(a.abs_sum, b.abs_sum),
-    moment=add(a.moment, b.moment),
+    qkv_moment=add(a.qkv_moment, b.qkv_moment),
     pair_radius=jnp.maximum(a.pair_radius, b.pair_radius),
     key_max=jnp.maximum(a.key_max, b.key_max),
+  )
+
+
+def outer_sum(x: jax.Array) -> jax.Array:
+  """[T, C] of any float dtype -> the sum over T of x x^T, f32 [C, C]."""
+  return jnp.matmul(
+    x.T, x, precision="highest", preferred_element_type=jnp.float32
   )
 
 

@@ -96,7 +96,8 @@ def save(
   }
   _same_leaves(described, _expected(config, recipe), target)
   with _disk_errors(target), atomic.staging(target) as folder:
-    ocp.save(str(folder), _nest(leaves))
+    with _lean_context():
+      ocp.save(str(folder), _nest(leaves))
     for file in source.side_files:
       shutil.copyfile(file, folder / file.name)
     manifest = Manifest(
@@ -236,6 +237,18 @@ def leaf_paths(tree: Params) -> dict[str, Any]:
 
 
 _DAMAGED = "the checkpoint is damaged: make it again or copy it again"
+
+
+def _lean_context() -> ocp.Context:
+  """Orbax settings that write arrays from where they are.
+
+  By default orbax copies the model and holds it once more, compressed, which
+  INT4 codes are already.
+  """
+  context = ocp.Context()
+  context.memory.deepcopy_host_arrays = False
+  context.array.saving.use_compression = False
+  return context
 
 
 def _absolute(path: str | os.PathLike) -> Path:

@@ -103,10 +103,11 @@ def _as_user_error(error: BaseException) -> FireQError | None:
 
 @contextlib.contextmanager
 def _one_line_warnings() -> Iterator[None]:
+  def show(message, category, filename, lineno, file=None, line=None):
+    print(f"warning: {message}", file=sys.stderr)
+
   with warnings.catch_warnings():
-    warnings.showwarning = lambda message, *_: print(
-      f"warning: {message}", file=sys.stderr
-    )
+    warnings.showwarning = show
     yield
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from fireq_jax.config import KVFormat, LlamaConfig
 from fireq_jax.errors import UnsupportedError
 from fireq_jax.pallas import kv_layout
-from fireq_jax.qtensor import to_e4m3
+from fireq_jax.qtensor import round_bf16, round_e4m3, to_e4m3
 
 _SCALE_DTYPES = {
   "bf16": jnp.bfloat16,
@@ -153,10 +153,11 @@ def _quantize(x: jax.Array, kv: KVFormat) -> tuple[jax.Array, jax.Array]:
   x = x.astype(jnp.float32)
   largest = 7.0 if kv.cache == "int4" else 448.0
   scale = jnp.max(jnp.abs(x), axis=-1) * (1 / largest)
-  stored = _SCALE_DTYPES[kv.scale]
-  if stored == jnp.float8_e4m3fn:
-    scale = to_e4m3(scale)
-  scale = scale.astype(stored).astype(jnp.float32)
+  match kv.scale:
+    case "e4m3":
+      scale = round_e4m3(scale)
+    case "bf16":
+      scale = round_bf16(scale)
   zero = scale < jnp.finfo(jnp.float32).tiny
   scale = jnp.where(zero, 1.0, scale)
   codes = jnp.where(zero[..., None], 0.0, x / scale[..., None])

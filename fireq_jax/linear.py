@@ -3,28 +3,54 @@
 The only place that knows how a projection's weight is held.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from fireq_jax.config import Implementation
+from fireq_jax.pallas import reference
+from fireq_jax.pallas.layouts import PackedInt4
 from fireq_jax.qtensor import QTensor, quantize_e4m3
+
+Weight = jax.Array | QTensor | PackedInt4
+
+
+class RMSNorm(NamedTuple):
+  """x / rms(x) * weight over the last axis, in f32."""
+
+  weight: jax.Array
+  eps: float
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """x [..., C] of any float dtype -> f32 [..., C]."""
+    x = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    scaled = x * jax.lax.rsqrt(mean_square + self.eps)
+    return scaled * self.weight.astype(jnp.float32)
 
 
 def linear(
   x: jax.Array,
-  w: jax.Array | QTensor,
+  w: Weight,
   *,
+  norm: RMSNorm | None = None,
+  residual: jax.Array | None = None,
   implementation: Implementation = "auto",
   out_dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
-  """Projects x, accumulating in f32.
+  """Projects norm(x), accumulating in f32, and adds the residual.
 
-  With a `QTensor` whose activation is e4m3, x is first rounded to e4m3 per
-  token (FireQ, W4A8); with bf16, only the weight is quantised.
+  With a quantised weight whose activation is e4m3, norm(x) is rounded to
+  e4m3 per token (FireQ, W4A8), without being rounded to x's dtype before;
+  with bf16, only the weight is quantised.
 
   Args:
     x: bf16 or f32 [..., C].
-    w: [C, N] of x's dtype, or a `QTensor` [N, C].
+    w: [C, N] of x's dtype, a `QTensor` [N, C], or a `PackedInt4`; one that is
+      gated gives silu(gate) * up of its two projections.
+    norm: applied to x first.
+    residual: [..., N], added before the result is rounded.
     implementation: "mosaic_gpu" for the Hopper kernel, "xla" for plain JAX.
     out_dtype: dtype of the result, that of x by default.
 
@@ -37,18 +63,53 @@ def linear(
   if implementation == "mosaic_gpu":
     raise NotImplementedError("no Mosaic GPU kernel for this projection")
   out_dtype = out_dtype or x.dtype
-  if not isinstance(w, QTensor):
-    return _matmul(x, w).astype(out_dtype)
-  scale = None
-  if w.activation == "e4m3":
-    x, scale = quantize_e4m3(x)
-  # Values rounded to e4m3 are exact in bf16; unrounded products need f32.
-  bf16_exact = w.scale.dtype == jnp.float8_e4m3fn and x.dtype != jnp.float32
-  operand = jnp.bfloat16 if bf16_exact else jnp.float32
-  y = _matmul(x.astype(operand), w.dequantize(operand).T)
+  dtype, scale = x.dtype, None
+  if norm is not None:
+    x = norm(x)
+  if isinstance(w, PackedInt4):
+    return _packed(x, w, residual, dtype, out_dtype)
+  if isinstance(w, QTensor):
+    # Values rounded to e4m3 are exact in bf16; unrounded products need f32.
+    rounded = w.scale.dtype == jnp.float8_e4m3fn
+    if w.activation == "e4m3":
+      operand = jnp.bfloat16 if rounded else jnp.float32
+      x, scale = quantize_e4m3(x, operand)
+    else:
+      operand = dtype if rounded else jnp.float32
+      x = x.astype(dtype).astype(operand)
+    w = w.dequantize(operand).T
+  else:
+    x = x.astype(dtype)
+  y = _matmul(x, w)
   if scale is not None:
     y = y * scale[..., None]
+  if residual is not None:
+    y = y + residual.astype(jnp.float32)
   return y.astype(out_dtype)
+
+
+def in_features(w: Weight) -> int:
+  """Returns the size of the axis a weight contracts."""
+  return w.shape[1] if isinstance(w, QTensor | PackedInt4) else w.shape[0]
+
+
+def _packed(x, w, residual, dtype, out_dtype):
+  """Calls the matmul on rows [T, C] of activations."""
+  rows = lambda a: None if a is None else a.reshape(-1, a.shape[-1])
+  scale = None
+  if w.activation == "e4m3":
+    codes, scale = quantize_e4m3(rows(x))
+  else:
+    codes = rows(x).astype(dtype)
+  y = reference.int4_matmul(
+    codes,
+    w,
+    scale,
+    operand=rows(residual),
+    epilogue="linear" if residual is None else "add",
+    out_dtype=out_dtype,
+  )
+  return y.reshape(*x.shape[:-1], -1)
 
 
 def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:

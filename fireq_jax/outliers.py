@@ -45,11 +45,11 @@ def inject(
   check(0 < fraction <= 1, "fraction must be in (0, 1]", got=fraction)
   rng = np.random.default_rng(seed)
 
-  def some(*shape: int) -> np.ndarray:
+  def some(*shape: int) -> jax.Array:
     """f32 [shape]: `factor` at some of the last axis, 1 elsewhere."""
     count = max(1, round(fraction * shape[-1]))
     order = rng.random(shape).argsort(axis=-1)
-    return np.where(order < count, factor, 1.0).astype(np.float32)
+    return jnp.where(jnp.asarray(order < count), jnp.float32(factor), 1.0)
 
   def change(layer: dict[str, Any]) -> dict[str, Any]:
     heads = (config.num_key_value_heads, config.head_dim)
@@ -58,9 +58,9 @@ def inject(
       o=1 / some(*heads),
       gate_up=1 / some(config.hidden_size),
       down=1 / some(config.intermediate_size),
-      key=np.tile(some(heads[0], heads[1] // 2), 2),
+      key=jnp.tile(some(heads[0], heads[1] // 2), 2),
     )
-    return smooth.fold(layer, jax.tree.map(jnp.asarray, factors))
+    return smooth.fold(layer, factors)
 
   model = params["model"]
   layers = [change(layer) for layer in model["layers"]]

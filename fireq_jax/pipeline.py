@@ -4,33 +4,22 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fireq_jax import calibrate, rotate, smooth
-from fireq_jax.calibrate import LayerStats
-from fireq_jax.config import KVFormat, LlamaConfig
+from fireq_jax import calibrate, keys, rotate, smooth, solve
+from fireq_jax.config import LlamaConfig
 from fireq_jax.errors import ConfigError, QuantizationError
 from fireq_jax.models import llama
+from fireq_jax.qtensor import QTensor
 from fireq_jax.quantize import quantize_weight
 from fireq_jax.recipe import PROJECTIONS, Recipe, Solver, WeightFormat
 from fireq_jax.smooth import Factors
 
 Params = dict[str, Any]
-
-# The statistics of the input of each projection.
-_SITE = {
-  "q_proj": "qkv",
-  "k_proj": "qkv",
-  "v_proj": "qkv",
-  "o_proj": "o",
-  "gate_proj": "gate_up",
-  "up_proj": "gate_up",
-  "down_proj": "down",
-}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +76,9 @@ def quantize_model(
 ) -> Params:
   """Quantises a model; one float layer is in memory at a time.
 
-  Calibration runs each layer on what the layers before it give for `tokens`,
-  window by window: the float layers, or the quantised ones if the recipe
-  lets codes correct errors (GPTQ). Floats that stay are stored as bf16.
+  Calibration runs each layer on what the float layers before it give for
+  `tokens`, window by window; and on what the quantised ones give, where the
+  solver reads inputs. Floats that stay are stored as bf16.
 
   Args:
     source: the float model.
@@ -121,162 +110,145 @@ def quantize_model(
   embedding = original
   if rotation is not None:
     embedding = jax.jit(rotate.rotate_embedding)(original, rotation)
-  embedding = _bf16(embedding)
-  windows = []
+  embedding = llama.cast_floats(embedding, jnp.bfloat16)
+  exact = []
   if tokens is not None:
-    windows = _embed(embedding["embed_tokens"]["embedding"], tokens)
+    exact = _embed(embedding["embed_tokens"]["embedding"], tokens)
+  real = exact if recipe.solver.reads_inputs else []
   head = _checked(source.head(), "head")
   if rotation is not None:
     tied = original["embed_tokens"]["embedding"]
     head = jax.jit(rotate.rotate_head)(head, tied, rotation)
   params = {"model": {**jax.device_get(embedding), "layers": []}}
-  head = jax.device_get(_bf16(head))
+  head = jax.device_get(llama.cast_floats(head, jnp.bfloat16))
   params["model"]["norm"] = head.pop("norm")
   params.update(head)
   del original, embedding
 
   for index in range(config.num_hidden_layers):
     start = time.perf_counter()
-    where = f"layer {index}"
-    layer = _checked(source.layer(index), where)
+    layer = _checked(source.layer(index), f"layer {index}")
     if rotation is not None:
       layer = jax.jit(rotate.rotate_layer)(layer, rotation)
-    layer, windows, error = _process_layer(
-      layer, windows, config=config, recipe=recipe, index=index
+    smoothed, exact_next = _smooth(
+      layer, exact, config=config, recipe=recipe, index=index
     )
-    params["model"]["layers"].append(jax.device_get(layer))
+    formats = _formats(recipe, index, config)
+    if real:
+      quantized = solve.quantize_in_order(
+        smoothed,
+        dict(formats),
+        real,
+        solver=recipe.solver,
+        config=config,
+        kv=recipe.kv,
+      )
+      real = [_run(quantized, x, config=config, kv=recipe.kv) for x in real]
+    else:
+      quantized = _quantize(smoothed, formats=formats, recipe=recipe)
+    exact = exact_next
+    error = float(_weight_error(quantized, smoothed))
+    params["model"]["layers"].append(jax.device_get(quantized))
     on_layer(
       LayerReport(
         index=index,
         seconds=time.perf_counter() - start,
-        weight_error=float(error),
+        weight_error=error,
       )
     )
   return params
 
 
-def quantize_layer(
-  layer: Params,
-  formats: tuple[WeightFormat | None, ...],
-  *,
-  solver: Solver,
-  moments: dict[str, jax.Array],
-) -> tuple[Params, jax.Array]:
-  """Quantises the projections of one layer; the rest becomes bf16.
-
-  Args:
-    layer: float, smoothed.
-    formats: one for each of `PROJECTIONS`, in order.
-    solver: how to choose scales and codes.
-    moments: site -> f32 [C, C], where the solver needs it.
-
-  Returns:
-    the layer, and its relative root-mean-square weight error.
-  """
-  quantized = {name: dict(block) for name, block in layer.items()}
-  miss = total = jnp.float32(0.0)
-  for (name, block), weight_format in zip(PROJECTIONS.items(), formats):
-    if weight_format is None:
-      continue
-    kernel = layer[block][name]["kernel"]
-    weight = quantize_weight(
-      kernel, weight_format, solver=solver, moment=moments.get(_SITE[name])
-    )
-    quantized[block][name] = {"kernel": weight}
-    exact = kernel.astype(jnp.float32)
-    miss += jnp.square(weight.dequantize().T - exact).sum()
-    total += jnp.square(exact).sum()
-  return _bf16(quantized), jnp.sqrt(miss / jnp.maximum(total, 1e-30))
-
-
-def _process_layer(
+def _smooth(
   layer: Params,
   windows: list[jax.Array],
   *,
   config: LlamaConfig,
   recipe: Recipe,
   index: int,
-) -> tuple[Params, list[jax.Array], jax.Array]:
-  """Smooths and quantises one layer.
+) -> tuple[Params, list[jax.Array]]:
+  """Returns the layer ready to be rounded, and its outputs.
 
-  Returns the quantised layer, the input of the next one, and the error.
+  The published solver rounds bf16 weights; a search gets unrounded ones.
   """
-  formats = tuple(
-    recipe.weight_format(index, name, config.num_hidden_layers)
-    for name in PROJECTIONS
-  )
-  solver = recipe.solver
-  stats, outputs = None, windows
+  stats, before_rope, outputs = None, None, []
   if windows:
-    moments = solver.weighted or solver.gptq
-    outputs, stats = _run_windows(layer, windows, config, moments)
+    moment = recipe.keys.fit or recipe.rotation.value
+    outputs, stats, before_rope = _run_windows(layer, windows, config, moment)
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(stats)):
       raise QuantizationError(
         "calibration activations are not finite", where=f"layer {index}"
       )
-  factors = _choose_factors(layer, stats, config=config, recipe=recipe)
-  quantize = lambda factors: _fold_and_quantize(
-    layer, factors, stats, formats=formats, solver=solver
+  dtype = jnp.float32 if recipe.solver.scale == "search" else jnp.bfloat16
+  layer, factors = _choose_factors(
+    _with_dtypes(layer, dtype), stats, before_rope, config=config, recipe=recipe
   )
   if recipe.scaling.awq:
+    formats = _formats(recipe, index, config)
     factors = _search_awq(
-      factors, stats, windows, outputs, quantize, config, recipe
+      layer, factors, stats, windows, outputs, formats, config, recipe
     )
-  quantized, error = quantize(factors)
-  if solver.gptq:
-    outputs = [_run(quantized, x, config=config, kv=recipe.kv) for x in windows]
-  return quantized, outputs, error
+  return jax.jit(smooth.fold)(layer, factors), outputs
 
 
 @functools.partial(jax.jit, static_argnames=("config", "recipe"))
-def _choose_factors(
-  layer: Params,
-  stats: LayerStats | None,
-  *,
-  config: LlamaConfig,
-  recipe: Recipe,
-) -> Factors:
+def _choose_factors(layer, stats, before_rope, *, config, recipe):
+  """Returns the layer in its value basis, and all factors but AWQ's."""
+  if recipe.rotation.value:
+    layer = rotate.change_value_basis(layer, stats.qkv_moment, config.head_dim)
   factors = smooth.channel_factors(layer, recipe.scaling, config)
-  if stats is not None:
-    key, key_scale = smooth.key_factors(stats, recipe.keys)
+  if recipe.keys.fit:
+    power = keys.query_power(
+      layer["self_attn"]["q_proj"]["kernel"], stats.qkv_moment, config
+    )
+    scale, shift = keys.fit_scales(before_rope, power, config)
+    factors = dataclasses.replace(factors, key_scale=scale, key_shift=shift)
+  elif stats is not None:
+    key, key_scale = keys.published_scales(stats, recipe.keys)
     factors = dataclasses.replace(factors, key=key, key_scale=key_scale)
-  return factors
+  return layer, factors
 
 
-@functools.partial(jax.jit, static_argnames=("formats", "solver"))
-def _fold_and_quantize(
-  layer: Params,
-  factors: Factors,
-  stats: LayerStats | None,
-  *,
-  formats: tuple[WeightFormat | None, ...],
-  solver: Solver,
-) -> tuple[Params, jax.Array]:
-  """Applies factors and quantises what they give.
+@functools.partial(jax.jit, static_argnames=("formats", "recipe"))
+def _quantize(layer, *, formats, recipe: Recipe) -> Params:
+  """Quantises a layer's weights, each on its own; the rest becomes bf16."""
+  quantized = {name: dict(block) for name, block in layer.items()}
+  for name, weight_format in formats:
+    if weight_format is not None:
+      kernel = layer[PROJECTIONS[name]][name]["kernel"]
+      quantized[PROJECTIONS[name]][name] = {
+        "kernel": quantize_weight(kernel, weight_format, solver=recipe.solver)
+      }
+  return llama.cast_floats(quantized, jnp.bfloat16)
 
-  The published solver works on bf16 weights; a search on unrounded ones.
-  """
-  dtype = jnp.float32 if solver.scale == "search" else jnp.bfloat16
-  as_dtype = lambda p: {"kernel": p["kernel"].astype(dtype)}
-  layer = _bf16(layer) if dtype == jnp.bfloat16 else layer
-  wide = {name: dict(block) for name, block in layer.items()}
+
+@jax.jit
+def _weight_error(quantized: Params, layer: Params) -> jax.Array:
+  """Root of the squared error of quantised weights over their squares."""
+  miss = total = jnp.float32(0.0)
   for name, block in PROJECTIONS.items():
-    wide[block][name] = as_dtype(layer[block][name])
-  moments = {}
-  if stats is not None:
-    moments = smooth.fold_stats(stats, factors).moment
-  return quantize_layer(
-    smooth.fold(wide, factors), formats, solver=solver, moments=moments
-  )
+    weight = quantized[block][name]["kernel"]
+    if isinstance(weight, QTensor):
+      exact = layer[block][name]["kernel"].astype(jnp.float32)
+      miss += jnp.square(weight.dequantize().T - exact).sum()
+      total += jnp.square(exact).sum()
+  return jnp.sqrt(miss / jnp.maximum(total, 1e-30))
 
 
 def _search_awq(
-  factors, stats, windows, outputs, quantize, config, recipe
+  layer, factors, stats, windows, outputs, formats, config, recipe
 ) -> Factors:
-  """Tries each exponent at each site in turn; keeps the least layer error."""
+  """Tries each exponent at each input in turn; keeps the least layer error.
+
+  Candidates are rounded on their own, without reading inputs.
+  """
+  rounding = dataclasses.replace(
+    recipe, solver=Solver(scale=recipe.solver.scale)
+  )
 
   def loss(factors: Factors) -> float:
-    quantized, _ = quantize(factors)
+    folded = jax.jit(smooth.fold)(layer, factors)
+    quantized = _quantize(folded, formats=formats, recipe=rounding)
     return sum(
       float(_miss(quantized, x, y, config=config, kv=recipe.kv))
       for x, y in zip(windows, outputs)
@@ -297,43 +269,49 @@ def _search_awq(
 @functools.partial(jax.jit, static_argnames=("config", "kv"))
 def _miss(layer, x, y, *, config, kv) -> jax.Array:
   """Squared error of a layer's output against `y`."""
-  got = _decode(layer, x, config, kv)[0]
+  got, _ = solve.run_layer(layer, x, config=config, kv=kv)
   return jnp.square(got.astype(jnp.float32) - y.astype(jnp.float32)).sum()
 
 
 @functools.partial(jax.jit, static_argnames=("config", "kv"))
 def _run(layer, x, *, config, kv) -> jax.Array:
-  return _decode(layer, x, config, kv)[0]
+  return solve.run_layer(layer, x, config=config, kv=kv)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "moments"))
-def _run_and_look(layer, x, *, config, moments):
-  y, captured = _decode(_bf16(layer), x, config, None, capture=True)
-  return y, calibrate.window_stats(captured, moments=moments)
-
-
-def _run_windows(layer, windows, config, moments):
-  """Runs the float layer on every window; returns outputs and statistics."""
-  outputs, stats = [], None
+def _run_windows(layer, windows, config, moment):
+  """Runs the float layer; returns outputs, statistics, keys before RoPE."""
+  outputs, stats, before_rope = [], None, []
   for x in windows:
-    y, seen = _run_and_look(layer, x, config=config, moments=moments)
-    outputs.append(y)
+    y, seen, keys_seen = _run_and_look(layer, x, config=config, moment=moment)
     stats = seen if stats is None else calibrate.merge_stats(stats, seen)
-  return outputs, stats
+    outputs.append(y)
+    before_rope.append(keys_seen)
+  return outputs, stats, jnp.concatenate(before_rope)
 
 
-def _decode(layer, x, config, kv: KVFormat | None, capture=False):
-  batch, length, _ = x.shape
-  span = llama.make_span(
-    config,
-    jnp.zeros(batch, jnp.int32),
-    jnp.full(batch, length, jnp.int32),
-    length,
+@functools.partial(jax.jit, static_argnames=("config", "moment"))
+def _run_and_look(layer, x, *, config, moment):
+  layer = llama.cast_floats(layer, x.dtype)
+  y, captured = solve.run_layer(layer, x, config=config, kv=None)
+  stats = calibrate.window_stats(captured, moment=moment)
+  return y, stats, captured["k_pre_rope"][0]
+
+
+def _formats(
+  recipe: Recipe, index: int, config: LlamaConfig
+) -> tuple[tuple[str, WeightFormat | None], ...]:
+  count = config.num_hidden_layers
+  return tuple(
+    (name, recipe.weight_format(index, name, count)) for name in PROJECTIONS
   )
-  y, _, captured = llama.decoder_layer(
-    layer, x, span=span, config=config, kv=kv, capture=capture
-  )
-  return y, cast(dict[str, jax.Array], captured)
+
+
+def _with_dtypes(layer: Params, kernels: jax.typing.DTypeLike) -> Params:
+  """Returns the layer with bf16 gains and the given dtype of kernels."""
+  cast = llama.cast_floats(layer, jnp.bfloat16)
+  for name, block in PROJECTIONS.items():
+    cast[block][name] = llama.cast_floats(layer[block][name], kernels)
+  return cast
 
 
 def _embed(table: jax.Array, tokens: np.ndarray) -> list[jax.Array]:
@@ -364,14 +342,3 @@ def _checked(tree: Params, where: str) -> Params:
         "weights are not finite", where=f"{where} {name}", got=f"{bad} of them"
       )
   return jax.tree.map(jnp.asarray, tree)
-
-
-def _bf16(tree: Params) -> Params:
-  """Casts float weights and gains; leaves `QTensor` and `key_scale` alone."""
-
-  def narrow(path, leaf):
-    name = path[-1]
-    keep = getattr(name, "key", None) not in ("embedding", "kernel", "weight")
-    return leaf if keep else leaf.astype(jnp.bfloat16)
-
-  return jax.tree_util.tree_map_with_path(narrow, tree)

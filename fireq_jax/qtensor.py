@@ -58,7 +58,7 @@ def code_values(codes: jax.Array, scale: jax.Array) -> jax.Array:
   """
   products = codes.astype(jnp.float32) * scale.astype(jnp.float32)
   if scale.dtype == jnp.float8_e4m3fn:
-    products = to_e4m3(products).astype(jnp.float32)
+    products = round_e4m3(products)
   return products
 
 
@@ -80,12 +80,31 @@ def unpack_int4(packed: jax.Array) -> jax.Array:
   return pairs.reshape(*packed.shape[:-1], -1)
 
 
+def round_e4m3(x: jax.Array) -> jax.Array:
+  """Rounds to the values of float8_e4m3fn, saturating at 448, in x's dtype.
+
+  Arithmetic, because XLA may drop a cast to a narrow type and back together
+  with its rounding, and because a plain cast gives NaN above 464.
+  """
+  x = jnp.clip(x, -448.0, 448.0)
+  subnormal = jnp.round(x * 512) / 512
+  normal = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=3)
+  return jnp.where(jnp.abs(x) < 2.0**-6, subnormal, normal)
+
+
+def round_bf16(x: jax.Array) -> jax.Array:
+  """Rounds to the values of bf16, in x's dtype, as `round_e4m3` does."""
+  return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
 def to_e4m3(x: jax.Array) -> jax.Array:
-  """Rounds to float8_e4m3fn, saturating at 448 (a plain cast gives NaN)."""
-  return jnp.clip(x, -448.0, 448.0).astype(jnp.float8_e4m3fn)
+  """Returns `round_e4m3(x)` as float8_e4m3fn."""
+  return round_e4m3(x).astype(jnp.float8_e4m3fn)
 
 
-def quantize_e4m3(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def quantize_e4m3(
+  x: jax.Array, dtype: jax.typing.DTypeLike = jnp.float8_e4m3fn
+) -> tuple[jax.Array, jax.Array]:
   """Rounds each row of x [..., C] to e4m3 codes with a scale of its own.
 
   Law: x ~ codes * scale, with scale = amax(|x|) * f32(1 / 448) and codes =
@@ -93,10 +112,14 @@ def quantize_e4m3(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   smallest normal f32) has scale 1. (A product, because XLA makes one of a
   division by a constant, but only when it compiles them together.)
 
+  Args:
+    x: bf16 or f32 [..., C].
+    dtype: that holds the codes; bf16 and f32 do so exactly.
+
   Returns:
-    codes e4m3 [..., C] and scale f32 [...].
+    codes [..., C] and scale f32 [...].
   """
   x = x.astype(jnp.float32)
   scale = jnp.max(jnp.abs(x), axis=-1) * (1 / 448)
   scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
-  return to_e4m3(x / scale[..., None]), scale
+  return round_e4m3(x / scale[..., None]).astype(dtype), scale

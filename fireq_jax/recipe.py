@@ -89,13 +89,15 @@ class WeightFormat:
 class Solver:
   """How scales and codes are found; no stored byte changes its meaning.
 
+  All but `scale` read the inputs each projection really gets, with what comes
+  before it in the model already quantised.
+
   Attributes:
     scale: `abs_max` takes max|w| / 7 (published), `search` the scale of least
       squared error, clipping and rounded products included.
     weighted: the search counts errors at the layer's output, by the second
       moment of its inputs within each group.
-    gptq: let codes correct each other's error on calibration inputs, which
-      then are those of the layers quantised before.
+    gptq: codes correct each other's error at the layer's output.
   """
 
   scale: Literal["abs_max", "search"] = "abs_max"
@@ -105,9 +107,14 @@ class Solver:
   def __post_init__(self):
     _check_literals(self)
     check(
-      self.scale == "search" or not (self.weighted or self.gptq),
-      "weighted errors and gptq need the scale search",
+      self.scale == "search" or not self.reads_inputs,
+      "weighted and gptq need the scale search",
     )
+
+  @property
+  def reads_inputs(self) -> bool:
+    """Whether it needs calibration data."""
+    return self.weighted or self.gptq
 
 
 @_frozen
@@ -152,11 +159,14 @@ class KeyScaling:
     alpha: radius every pair of channels gets before RoPE; 0 is off.
     beta: magnitude the outlier channels get after RoPE; 0 is off.
     top_k: channels per kv head treated after RoPE, besides their partners.
+    fit: instead of all these, find the scale of every channel after RoPE, and
+      a shift, that give scores the least error.
   """
 
   alpha: float = 0.0
   beta: float = 0.0
   top_k: int = 0
+  fit: bool = False
 
   def __post_init__(self):
     _check_number("alpha", self.alpha, least=0.0)
@@ -167,6 +177,10 @@ class KeyScaling:
       "beta and top_k are both positive or both 0",
       got=f"beta {self.beta} and top_k {self.top_k}",
     )
+    check(
+      not self.fit or not (self.alpha or self.top_k),
+      "fit replaces alpha, beta and top_k",
+    )
 
 
 @_frozen
@@ -176,9 +190,12 @@ class Rotation:
   Attributes:
     residual: rotate the residual stream; folds every norm's gain into the
       weights that follow, so a tied model gets an `lm_head` of its own.
+    value: change the basis of the values of each kv head, against `o_proj`,
+      to the one in which rounding them costs least.
   """
 
   residual: bool = False
+  value: bool = False
 
 
 @_frozen
@@ -227,11 +244,12 @@ class Recipe:
   def needs_calibration(self) -> bool:
     """Whether quantising reads activations, and so needs tokens."""
     return bool(
-      self.solver.weighted
-      or self.solver.gptq
+      self.solver.reads_inputs
       or self.scaling.awq
       or self.keys.alpha > 0
       or self.keys.top_k > 0
+      or self.keys.fit
+      or self.rotation.value
     )
 
   def weight_format(

@@ -96,3 +96,77 @@ def _outputs(kernel: jax.Array, rotation: jax.Array):
     kernel.astype(jnp.float32), rotation, precision="highest"
   )
   return rotated.astype(kernel.dtype)
+
+
+def value_basis(
+  moment: jax.Array, readers: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The basis in which rounding the values of a kv head costs least.
+
+  Values v in the basis A are v A, read by A^-1 W. Rounded in steps of their
+  largest channel, they cost tr(A^T S A) tr(A^-1 M A^-T) if all channels are
+  equally large, where S = mean v v^T and M = W W^T. The minimum has A A^T =
+  the geometric mean of S^-1 and M, and a rotation equalises the channels.
+
+  Args:
+    moment: f32 [..., H, H], S up to a factor.
+    readers: f32 [..., H, H], M up to a factor.
+
+  Returns:
+    A and its inverse, f32 [..., H, H].
+  """
+  size = moment.shape[-1]
+
+  def damped(x):
+    mean = jnp.trace(x, axis1=-2, axis2=-1)[..., None, None] / size
+    return x + jnp.eye(size) * jnp.where(mean > 0, 1e-4 * mean, 1.0)
+
+  def roots(x):
+    """Symmetric x -> its square root and the inverse of that."""
+    values, vectors = jnp.linalg.eigh(x)
+    top = values.max(axis=-1, keepdims=True)
+    root = jnp.sqrt(jnp.maximum(values, 1e-7 * top))[..., None, :]
+    back = jnp.swapaxes(vectors, -1, -2)
+    return (
+      _matmul(vectors * root, back),
+      _matmul(vectors / root, back),
+    )
+
+  s, s_inverse = roots(damped(moment))
+  middle, _ = roots(_matmul(_matmul(s, damped(readers)), s))
+  basis, inverse = roots(_matmul(_matmul(s_inverse, middle), s_inverse))
+  # The eigenvectors of what v A has left, then a Hadamard matrix.
+  _, vectors = jnp.linalg.eigh(_matmul(_matmul(basis, damped(moment)), basis))
+  turn = _matmul(vectors, jnp.asarray(orthogonal(size)))
+  return _matmul(basis, turn), _matmul(jnp.swapaxes(turn, -1, -2), inverse)
+
+
+def change_value_basis(layer: Params, moment: jax.Array, head_dim: int):
+  """Returns the layer with the values of each kv head in `value_basis`.
+
+  Args:
+    layer: float.
+    moment: f32 [D, D], the sum or mean of x x^T over attention inputs.
+    head_dim: H.
+  """
+  attn = layer["self_attn"]
+  v, o = attn["v_proj"]["kernel"], attn["o_proj"]["kernel"]
+  values = v.astype(jnp.float32).reshape(v.shape[0], -1, head_dim)
+  values = jnp.moveaxis(values, 1, 0)  # [K, D, H]
+  readers = o.astype(jnp.float32)
+  readers = readers.reshape(values.shape[0], -1, head_dim, o.shape[1])
+  basis, inverse = value_basis(
+    _matmul(jnp.swapaxes(values, 1, 2), _matmul(moment, values)),
+    jnp.einsum("kghd,kgid->khi", readers, readers, precision="highest"),
+  )
+  values = jnp.moveaxis(_matmul(values, basis), 0, 1).reshape(v.shape)
+  readers = _matmul(inverse[:, None], readers).reshape(o.shape)
+  changed = {
+    "v_proj": {"kernel": values.astype(v.dtype)},
+    "o_proj": {"kernel": readers.astype(o.dtype)},
+  }
+  return layer | {"self_attn": attn | changed}
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.matmul(a, b, precision="highest")

@@ -75,7 +75,7 @@ def param_shardings(params: Any, config: LlamaConfig, mesh: Mesh) -> Any:
 def _spec(names: list[str], ndim: int, vocab_divides: bool) -> PartitionSpec:
   """The split of one leaf, from its path."""
   last = names[-1]
-  if last == "key_scale":
+  if last in ("key_scale", "key_shift"):
     return PartitionSpec(AXIS, None)
   if names[0] == "lm_head" and vocab_divides:
     return PartitionSpec(None, AXIS)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from fireq_jax.calibrate import LayerStats
 from fireq_jax.config import LlamaConfig
-from fireq_jax.recipe import ChannelScaling, KeyScaling
+from fireq_jax.recipe import ChannelScaling
 
 Layer = dict[str, Any]
 
@@ -34,6 +34,8 @@ class Factors:
       of a pair c, c + H / 2, or it would not commute with RoPE.
     key_scale: [K, H], on keys after RoPE, against queries; applied while
       running, so None (not ones) where it is not used.
+    key_shift: [K, H], taken off the keys after that, which changes all scores
+      of a query alike and so nothing; None where it is not used.
   """
 
   qkv: jax.Array
@@ -42,6 +44,7 @@ class Factors:
   down: jax.Array
   key: jax.Array
   key_scale: jax.Array | None = None
+  key_shift: jax.Array | None = None
 
 
 def identity(config: LlamaConfig) -> Factors:
@@ -98,32 +101,6 @@ def channel_factors(
   )
 
 
-def key_factors(
-  stats: LayerStats, keys: KeyScaling
-) -> tuple[jax.Array, jax.Array | None]:
-  """Returns `Factors.key` and `Factors.key_scale` (paper section 3).
-
-  Before RoPE every pair of channels gets radius alpha. After RoPE the top_k
-  largest channels of each kv head, and their partners, get magnitude beta;
-  where both are on, those pairs keep their radius before RoPE.
-  """
-  radius, peak = stats.pair_radius, stats.key_max
-  kv_heads, head_dim = peak.shape
-  half = head_dim // 2
-  outlier = jnp.zeros((kv_heads, half), bool)
-  key_scale = None
-  if keys.top_k:
-    _, top = jax.lax.top_k(peak, keys.top_k)
-    outlier = outlier.at[jnp.arange(kv_heads)[:, None], top % half].set(True)
-    treated = jnp.tile(outlier, 2) & (peak > 0)
-    key_scale = jnp.where(treated, keys.beta / jnp.where(treated, peak, 1), 1.0)
-  key = jnp.ones((kv_heads, half), jnp.float32)
-  if keys.alpha:
-    treated = ~outlier & (radius > 0)
-    key = jnp.where(treated, keys.alpha / jnp.where(treated, radius, 1), 1.0)
-  return jnp.tile(key, 2), key_scale
-
-
 def activation_factors(
   stats: LayerStats, site: str, exponent: float
 ) -> jax.Array:
@@ -159,8 +136,9 @@ def fold(layer: Layer, factors: Factors) -> Layer:
     "v_proj": _scaled(attn["v_proj"], qkv, 1 / o),
     "o_proj": _scaled(attn["o_proj"], per_query(factors.o), None),
   }
-  if factors.key_scale is not None:
-    attention["key_scale"] = factors.key_scale
+  for name in ("key_scale", "key_shift"):
+    if getattr(factors, name) is not None:
+      attention[name] = getattr(factors, name)
   return {
     "input_layernorm": qkv_gain,
     "self_attn": attention,
@@ -171,27 +149,6 @@ def fold(layer: Layer, factors: Factors) -> Layer:
       "down_proj": _scaled(mlp["down_proj"], factors.down, None),
     },
   }
-
-
-def fold_stats(stats: LayerStats, factors: Factors) -> LayerStats:
-  """Returns the statistics the folded layer would have."""
-  groups = stats.abs_sum["o"].size // factors.o.size
-  by_site = {
-    "qkv": factors.qkv,
-    "o": jnp.repeat(factors.o, groups, axis=0).reshape(-1),
-    "gate_up": factors.gate_up,
-    "down": factors.down,
-  }
-  half = factors.key.shape[1] // 2
-  return dataclasses.replace(
-    stats,
-    abs_sum={s: x / by_site[s] for s, x in stats.abs_sum.items()},
-    moment={
-      s: x / (by_site[s][:, None] * by_site[s]) for s, x in stats.moment.items()
-    },
-    pair_radius=stats.pair_radius * factors.key[:, :half],
-    key_max=stats.key_max * factors.key,
-  )
 
 
 def _divide_gain(

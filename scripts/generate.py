@@ -52,9 +52,8 @@ def run(values: flags.FlagValues) -> None:
     eos_token_ids=tuple(sorted(eos)),
     top_k=values.top_k,
   )
-  keys = iter(jax.random.split(jax.random.key(values.seed), 1000))
 
-  def answer(prompt: list[int]) -> str:
+  def answer(prompt: list[int], turn: int = 0) -> str:
     """Prints the continuation as it comes, and its speed; returns it."""
     tokens, lengths = map(jnp.asarray, pad_prompts([prompt]))
     times = []
@@ -67,7 +66,7 @@ def run(values: flags.FlagValues) -> None:
         config=model.config,
         kv=model.recipe.kv,
         options=options,
-        key=next(keys),
+        key=jax.random.fold_in(jax.random.key(values.seed), turn),
         temperature=values.temperature,
         top_p=values.top_p,
       ):
@@ -91,7 +90,7 @@ def run(values: flags.FlagValues) -> None:
   messages = []
   while line := _ask():
     messages.append({"role": "user", "content": line})
-    text = answer(tokenizer.encode_chat(messages))
+    text = answer(tokenizer.encode_chat(messages), turn=len(messages))
     messages.append({"role": "assistant", "content": text})
 
 

@@ -126,15 +126,16 @@ def captured(rng, tokens):
 def test_statistics_against_numpy():
   rng = np.random.default_rng(0)
   windows = [captured(rng, 5) for _ in range(3)]
-  stats = window_stats(jax.tree.map(jnp.asarray, windows[0]), moments=True)
+  stats = window_stats(jax.tree.map(jnp.asarray, windows[0]), moment=True)
   for window in windows[1:]:
-    stats = merge_stats(stats, window_stats(window, moments=True))
+    stats = merge_stats(stats, window_stats(window, moment=True))
   whole = {k: np.concatenate([w[k][0] for w in windows]) for k in windows[0]}
   assert stats.tokens == 15
   for site in SITES:
     x = whole[f"{site}_in"].astype(np.float64)
     np.testing.assert_allclose(stats.abs_sum[site], np.abs(x).sum(0), rtol=1e-6)
-    np.testing.assert_allclose(stats.moment[site], x.T @ x, atol=1e-5)
+  x = whole["qkv_in"].astype(np.float64)
+  np.testing.assert_allclose(stats.qkv_moment, x.T @ x, atol=1e-5)
   k = whole["k_pre_rope"]
   radius = np.sqrt(k[..., :3] ** 2 + k[..., 3:] ** 2).max(0)
   np.testing.assert_allclose(stats.pair_radius, radius, rtol=1e-6)
@@ -143,6 +144,6 @@ def test_statistics_against_numpy():
   )
 
 
-def test_moments_are_optional():
+def test_the_moment_is_optional():
   window = captured(np.random.default_rng(1), 2)
-  assert window_stats(window, moments=False).moment == {}
+  assert window_stats(window, moment=False).qkv_moment is None

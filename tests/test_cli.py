@@ -11,7 +11,6 @@ import time
 from hashlib import sha256
 from pathlib import Path
 
-import bench
 import eval_ppl
 import generate
 import inspect_ckpt
@@ -348,16 +347,3 @@ def test_interrupted_processes_leave_nothing_partial(source, calib, tmp_path):
     checkpoint.load(out)
   assert quantize.main(command) == 0
   assert not list(tmp_path.glob(".out*"))
-
-
-@pytest.mark.slow
-def test_bench_quantize(tmp_path, monkeypatch, capsys):
-  monkeypatch.setenv("PYTHONPATH", str(ROOT))
-  report = tmp_path / "report.json"
-  command = ["bench.py", "quantize", "--model=tiny", f"--json={report}"]
-  assert bench.main([*command, "--num_calib=2", "--seq_len=32"]) == 0
-  last = json.loads(capsys.readouterr().out.splitlines()[-1])
-  assert last == json.loads(report.read_text())
-  (row,) = last["rows"]
-  assert row["seconds"] > 0 and row["peak_rss_bytes"] > 1e8
-  assert bench.main(["bench.py", "nothing"]) == 2

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from fireq_jax.linear import linear
-from fireq_jax.qtensor import QTensor, pack_int4, quantize_e4m3
+from fireq_jax.qtensor import (
+  QTensor,
+  pack_int4,
+  quantize_e4m3,
+  round_e4m3,
+  to_e4m3,
+)
 
 E4M3 = ml_dtypes.float8_e4m3fn
 
@@ -129,3 +135,23 @@ def test_jit_and_vmap():
   x = jax.random.normal(jax.random.key(0), (4, 3, 32), jnp.bfloat16)
   mapped = jax.jit(jax.vmap(lambda x: linear(x, w)))(x)
   np.testing.assert_array_equal(mapped, linear(x, w))
+
+
+def test_rounding_to_e4m3_equals_a_saturating_cast():
+  """Every 65537th f32, and every e4m3 value and midpoint with neighbours."""
+  bits = np.arange(0, 2**32, 65537, dtype=np.uint64).astype(np.uint32)
+  grid = np.arange(0x7F, dtype=np.uint8).view(E4M3).astype(np.float32)
+  middle = (grid[1:] + grid[:-1]) / 2
+  near = [np.nextafter(middle, np.float32(x)) for x in (0, 1e9)]
+  edge = np.array([460, 464, 465, 1e9, np.inf], np.float32)
+  positive = np.concatenate([grid, middle, *near, edge])
+  x = np.concatenate([bits.view(np.float32), positive, -positive])
+  with np.errstate(invalid="ignore"):
+    want = x.clip(-448, 448).astype(E4M3)
+  rounded = jax.jit(round_e4m3)(jnp.asarray(x))
+  np.testing.assert_array_equal(rounded, want.astype(np.float32))
+  codes = np.asarray(jax.jit(to_e4m3)(jnp.asarray(x)))
+  finite = ~np.isnan(x)
+  np.testing.assert_array_equal(
+    codes.view(np.uint8)[finite], want.view(np.uint8)[finite]
+  )

@@ -31,6 +31,14 @@ CONFIG = LlamaConfig(
 PARAMS = llama.init_params(CONFIG, jax.random.key(0))
 TOKENS = np.random.default_rng(0).integers(0, 64, (3, 16), np.int32)
 RECIPES = {name: recipes.load(name) for name in recipes.presets()} | {
+  "searched": Recipe(
+    name="searched",
+    weight=WeightFormat(group=64),
+    kv=recipes.load("fireq").kv,
+    solver=Solver(scale="search", gptq=True),
+    keys=recipes.KeyScaling(fit=True),
+    rotation=recipes.Rotation(residual=True, value=True),
+  ),
   "everything": Recipe(
     name="everything",
     weight=WeightFormat(group=64),

@@ -1,15 +1,19 @@
 """Smoothing and rotation leave the float model as it was."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fireq_jax import keys as key_scaling
 from fireq_jax import rotate, smooth
 from fireq_jax.calibrate import window_stats
 from fireq_jax.config import LlamaConfig, RopeConfig
 from fireq_jax.models import llama
 from fireq_jax.recipe import ChannelScaling, KeyScaling
+from fireq_jax.rope import apply_rope, cos_sin
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 12)), "int32")
 
@@ -129,9 +133,11 @@ def test_channel_scaling_preserves_the_float_function(name, shape, dtype):
 def test_key_scaling_preserves_the_float_function(name, shape, dtype):
   config = CONFIGS[shape]
   params = random_params(config, dtype)
-  stats = window_stats(capture(params, config), moments=False)
-  key, key_scale = smooth.key_factors(stats, KEYS[name])
-  factors = smooth.identity(config).replace(key=key, key_scale=key_scale)
+  stats = window_stats(capture(params, config), moment=False)
+  key, key_scale = key_scaling.published_scales(stats, KEYS[name])
+  factors = dataclasses.replace(
+    smooth.identity(config), key=key, key_scale=key_scale
+  )
   folded = with_layers(params, lambda x: smooth.fold(x, factors))
   check_same_function(config, params, folded)
 
@@ -141,9 +147,11 @@ def test_scaled_keys_have_the_size_asked_for(name):
   """Every ordinary pair has radius alpha, every outlier magnitude beta."""
   config, keys = CONFIGS["gqa"], KEYS[name]
   params = random_params(config)
-  stats = window_stats(capture(params, config), moments=False)
-  key, key_scale = smooth.key_factors(stats, keys)
-  factors = smooth.identity(config).replace(key=key, key_scale=key_scale)
+  stats = window_stats(capture(params, config), moment=False)
+  key, key_scale = key_scaling.published_scales(stats, keys)
+  factors = dataclasses.replace(
+    smooth.identity(config), key=key, key_scale=key_scale
+  )
   seen = capture(
     with_layers(params, lambda layer: smooth.fold(layer, factors)), config
   )
@@ -204,22 +212,87 @@ def test_scaled_weights_have_the_size_asked_for(statistic, constant):
   np.testing.assert_allclose(ratio * size, constant, rtol=1e-4)
 
 
-def test_statistics_follow_the_factors():
-  config = CONFIGS["gqa"]
-  params = random_params(config)
-  rng = np.random.default_rng(3)
-  positive = lambda x: jnp.asarray(np.exp(rng.normal(size=x.shape)), "float32")
-  factors = jax.tree.map(positive, smooth.identity(config))
-  half = factors.key[:, : config.head_dim // 2]
-  factors = factors.replace(key=jnp.tile(half, 2))
-  before = window_stats(capture(params, config), moments=True)
-  folded = with_layers(params, lambda layer: smooth.fold(layer, factors))
-  after = window_stats(capture(folded, config), moments=True)
-  jax.tree.map(
-    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4),
-    smooth.fold_stats(before, factors),
-    after,
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", CONFIGS)
+def test_fitted_keys_and_values_preserve_the_float_function(shape, dtype):
+  config = CONFIGS[shape]
+  params = random_params(config, dtype)
+  captured = capture(params, config)
+  moment = window_stats(captured, moment=True).qkv_moment
+
+  def change(layer):
+    kernel = layer["self_attn"]["q_proj"]["kernel"]
+    power = key_scaling.query_power(kernel, moment, config)
+    scale, shift = key_scaling.fit_scales(
+      captured["k_pre_rope"][0], power, config
+    )
+    layer = rotate.change_value_basis(layer, moment, config.head_dim)
+    return smooth.fold(
+      layer,
+      dataclasses.replace(
+        smooth.identity(config), key_scale=scale, key_shift=shift
+      ),
+    )
+
+  check_same_function(config, params, with_layers(params, change))
+
+
+def rounded(x):
+  """INT4 with one step per row, in NumPy."""
+  step = np.abs(x).max(axis=-1, keepdims=True) / 7
+  return np.round(x / step) * step
+
+
+def test_fitted_keys_have_less_error_in_their_scores():
+  """Keys with a mean, unequal channels and unequal queries."""
+  config = make_config(num_attention_heads=1, num_key_value_heads=1)
+  rng = np.random.default_rng(0)
+  pairs = lambda spread: np.tile(np.exp(rng.normal(size=16) * spread), 2)
+  size, query_size = pairs(1.0), pairs(0.7)
+  before = rng.normal(size=(512, 1, 32)) * size + 3 * size
+  power = jnp.asarray(query_size[None] ** 2, jnp.float32)
+  scale, shift = key_scaling.fit_scales(
+    jnp.asarray(before, jnp.float32), power, config
   )
+  positions = jnp.asarray(rng.integers(0, 64, (1, 512)), jnp.int32)
+  cos, sin = cos_sin(positions, config.rope, 32)
+  keys = np.asarray(apply_rope(jnp.asarray(before)[None], cos, sin))[0, :, 0]
+  queries = rng.normal(size=(64, 32)) * query_size
+
+  def error(scale, shift):
+    kept = (rounded(keys * scale - shift) + shift) / scale
+    scores = queries @ (kept - keys).T
+    return np.square(scores - scores.mean(axis=1, keepdims=True)).mean()
+
+  pair_radius = np.tile(np.hypot(keys[:, :16], keys[:, 16:]).max(0), 2)
+  published = error(8 / pair_radius, 0.0)
+  fitted = error(np.asarray(scale)[0], np.asarray(shift)[0])
+  assert fitted < 0.6 * published
+
+
+def test_the_value_basis_is_better_whatever_the_model_did_to_it():
+  rng = np.random.default_rng(1)
+  values = rng.normal(size=(4096, 32)) @ rng.normal(size=(32, 32))
+  readers = rng.normal(size=(32, 96)) * np.exp(rng.normal(size=(32, 1)))
+
+  def error(values, readers):
+    basis, inverse = map(
+      np.asarray,
+      rotate.value_basis(
+        jnp.asarray(values.T @ values, jnp.float32),
+        jnp.asarray(readers @ readers.T, jnp.float32),
+      ),
+    )
+    np.testing.assert_allclose(basis @ inverse, np.eye(32), atol=1e-3)
+    miss = rounded(values @ basis) @ inverse - values
+    return np.square(miss @ readers).mean()
+
+  plain = np.square((rounded(values) - values) @ readers).mean()
+  found = error(values, readers)
+  assert found < 0.7 * plain
+  outlier = np.where(np.arange(32) == 3, 32.0, 1.0)
+  again = error(values * outlier, readers / outlier[:, None])
+  assert abs(again - found) < 0.05 * found
 
 
 def test_channels_of_zeros_keep_their_scale():

@@ -4,6 +4,7 @@ Head counts come from array shapes, so the functions also run on one shard of
 a tensor-parallel model.
 """
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -16,7 +17,7 @@ from fireq_jax.attention import attention
 from fireq_jax.config import Implementation, KVFormat, LlamaConfig
 from fireq_jax.errors import ConfigError
 from fireq_jax.kv_cache import KeyValues, KVCache, LayerCache
-from fireq_jax.linear import linear
+from fireq_jax.linear import RMSNorm, in_features, linear
 from fireq_jax.qtensor import QTensor, quantize_e4m3
 from fireq_jax.recipe import PROJECTIONS, Recipe
 from fireq_jax.rope import apply_rope, cos_sin
@@ -71,6 +72,21 @@ def init_params(
   return params
 
 
+def cast_floats(tree: Any, dtype: jax.typing.DTypeLike) -> Any:
+  """Casts embeddings, kernels and gains; leaves quantised kernels as they are.
+
+  Factors of keys stay f32 as well.
+  """
+
+  def cast(path, leaf):
+    name = getattr(path[-1], "key", None)
+    return (
+      leaf.astype(dtype) if name in ("embedding", "kernel", "weight") else leaf
+    )
+
+  return jax.tree_util.tree_map_with_path(cast, tree)
+
+
 def abstract_params(config: LlamaConfig, recipe: Recipe) -> Params:
   """Shapes and dtypes of the model `recipe` makes: `ShapeDtypeStruct` leaves.
 
@@ -97,10 +113,13 @@ def abstract_params(config: LlamaConfig, recipe: Recipe) -> Params:
         if weight is not None:
           projection = layer[block][name]
           projection["kernel"] = quantized(projection["kernel"], weight)
-      if recipe.keys.top_k:
-        layer["self_attn"]["key_scale"] = jnp.zeros(
-          (config.num_key_value_heads, config.head_dim), jnp.float32
-        )
+      per_channel = jnp.zeros(
+        (config.num_key_value_heads, config.head_dim), jnp.float32
+      )
+      if recipe.keys.top_k or recipe.keys.fit:
+        layer["self_attn"]["key_scale"] = per_channel
+      if recipe.keys.fit:
+        layer["self_attn"]["key_shift"] = per_channel
     if recipe.rotation.residual and config.tie_word_embeddings:
       params["lm_head"] = {
         "kernel": params["model"]["embed_tokens"]["embedding"].T
@@ -178,7 +197,7 @@ def forward(
   span = make_span(config, starts, counts, length)
 
   model = params["model"]
-  embedding = model["embed_tokens"]["embedding"]
+  embedding = jnp.asarray(model["embed_tokens"]["embedding"])
   with jax.named_scope("embed"):
     x = embedding.at[tokens].get(mode="fill", wrap_negative_indices=False)
   layer_caches: list[Any] = []
@@ -201,11 +220,14 @@ def forward(
     if last_only:
       last = jnp.maximum(counts - 1, 0)
       x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-    x = rms_norm(x, model["norm"]["weight"], config.rms_norm_eps)
     tied = "lm_head" not in params
     head = embedding.T if tied else params["lm_head"]["kernel"]
     logits = linear(
-      x, head, out_dtype=jnp.float32, implementation=implementation
+      x,
+      head,
+      norm=RMSNorm(model["norm"]["weight"], config.rms_norm_eps),
+      out_dtype=jnp.float32,
+      implementation=implementation,
     )
   return logits, cache
 
@@ -241,15 +263,26 @@ def decoder_layer(
     activations, or None.
   """
   attn, mlp = layer["self_attn"], layer["mlp"]
-  project = lambda x, w: linear(x, w["kernel"], implementation=implementation)
+  project = functools.partial(_project, implementation=implementation)
+  input_norm, mlp_norm = (
+    RMSNorm(layer[name]["weight"], config.rms_norm_eps)
+    for name in ("input_layernorm", "post_attention_layernorm")
+  )
   heads = lambda x: x.reshape(*x.shape[:-1], -1, config.head_dim)
 
   with jax.named_scope("qkv"):
-    weight = layer["input_layernorm"]["weight"]
-    qkv_in = rms_norm(x, weight, config.rms_norm_eps)
-    q = heads(project(qkv_in, attn["q_proj"]))
-    k_pre_rope = heads(project(qkv_in, attn["k_proj"]))
-    v = heads(project(qkv_in, attn["v_proj"]))
+    if "qkv_proj" in attn:
+      qkv = heads(project(x, attn["qkv_proj"], norm=input_norm))
+      query_heads = in_features(attn["o_proj"]["kernel"]) // config.head_dim
+      kv_heads = (qkv.shape[2] - query_heads) // 2
+      q, k_pre_rope, v = jnp.split(
+        qkv, [query_heads, query_heads + kv_heads], axis=2
+      )
+    else:
+      q, k_pre_rope, v = (
+        heads(project(x, attn[name], norm=input_norm))
+        for name in ("q_proj", "k_proj", "v_proj")
+      )
   with jax.named_scope("rope"):
     q = apply_rope(q, span.cos, span.sin)
     k_post_rope = k = apply_rope(k_pre_rope, span.cos, span.sin)
@@ -257,6 +290,9 @@ def decoder_layer(
       key_scale = attn["key_scale"]
       k = k * key_scale
       q = q / jnp.repeat(key_scale, q.shape[2] // k.shape[2], axis=0)
+    if "key_shift" in attn:
+      # Adds one number to all scores of a query, which softmax ignores.
+      k = k - attn["key_shift"]
   with jax.named_scope("attention"):
     if cache is not None:
       kv = cache.format
@@ -281,34 +317,33 @@ def decoder_layer(
     )
     o_in = o_in.reshape(*x.shape[:-1], -1)
   with jax.named_scope("o_proj"):
-    x = x + project(o_in, attn["o_proj"])
+    attn_in, x = x, project(o_in, attn["o_proj"], residual=x)
   with jax.named_scope("mlp"):
-    weight = layer["post_attention_layernorm"]["weight"]
-    gate_up_in = rms_norm(x, weight, config.rms_norm_eps)
-    gate = project(gate_up_in, mlp["gate_proj"]).astype(jnp.float32)
-    up = project(gate_up_in, mlp["up_proj"]).astype(jnp.float32)
-    down_in = (jax.nn.silu(gate) * up).astype(x.dtype)
-    x = x + project(down_in, mlp["down_proj"])
+    if "gate_up_proj" in mlp:
+      down_in = project(x, mlp["gate_up_proj"], norm=mlp_norm)
+    else:
+      gate, up = (
+        project(x, mlp[name], norm=mlp_norm).astype(jnp.float32)
+        for name in ("gate_proj", "up_proj")
+      )
+      down_in = (jax.nn.silu(gate) * up).astype(x.dtype)
+    mlp_in, x = x, project(down_in, mlp["down_proj"], residual=x)
 
   captured = None
   if capture:
     captured = {
-      "qkv_in": qkv_in,
+      "qkv_in": input_norm(attn_in).astype(x.dtype),
       "k_pre_rope": k_pre_rope,
       "k_post_rope": k_post_rope,
       "o_in": o_in,
-      "gate_up_in": gate_up_in,
+      "gate_up_in": mlp_norm(mlp_in).astype(x.dtype),
       "down_in": down_in,
     }
   return x, cache, captured
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-  """x / rms(x) * weight over the last axis, in f32, returned in x's dtype."""
-  x32 = x.astype(jnp.float32)
-  mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-  scaled = x32 * jax.lax.rsqrt(mean_square + eps)
-  return (scaled * weight.astype(jnp.float32)).astype(x.dtype)
+def _project(x: jax.Array, w: Params, **options: Any) -> jax.Array:
+  return linear(x, w["kernel"], **options)
 
 
 class Llama(nnx.Module):

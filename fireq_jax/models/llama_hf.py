@@ -151,7 +151,7 @@ def _load(
   flat = {}
   for name, entry in entries:
     if ckpt.shape(name) != _shape(entry, config):
-      check_complete(ckpt, config)
+      check_complete(ckpt, config)  # raises, naming all that is wrong
     values = ckpt.read(name)
     flat[entry.path] = values.T if entry.transpose else values
   return traverse_util.unflatten_dict(flat, sep="/")

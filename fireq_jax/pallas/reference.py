@@ -1,0 +1,47 @@
+"""What the kernels compute, in plain jnp: same signatures, any device."""
+
+import jax
+import jax.numpy as jnp
+
+from fireq_jax.pallas.layouts import PackedInt4, unpack_codes
+from fireq_jax.qtensor import to_e4m3
+
+
+def int4_matmul(
+  x: jax.Array,
+  w: PackedInt4,
+  x_scale: jax.Array | None = None,
+  *,
+  bias: jax.Array | None = None,
+  operand: jax.Array | None = None,
+  epilogue: str = "linear",
+  sum_squares: bool = False,
+  out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+) -> jax.Array:
+  """See `int4_matmul.int4_matmul`."""
+  n, c = w.shape
+  weights = unpack_codes(w).astype(jnp.float32).reshape(n, -1, w.group)
+  weights *= w.scale.T.astype(jnp.float32)[..., None]
+  if w.scale.dtype == jnp.float8_e4m3fn:
+    weights = to_e4m3(weights).astype(jnp.float32)
+  y = jax.lax.dot_general(
+    x.astype(jnp.float32),
+    weights.reshape(n, c),
+    (((1,), (1,)), ((), ())),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  y *= w.row_scale
+  if x_scale is not None:
+    y *= x_scale[:, None]
+  if bias is not None:
+    y += bias.astype(jnp.float32)
+  if w.gated:
+    gate, up = jnp.split(y, 2, axis=1)
+    y = jax.nn.silu(gate) * up
+  elif epilogue == "silu":
+    y = jax.nn.silu(y)
+  elif epilogue == "add":
+    y += operand.astype(jnp.float32)
+  elif epilogue == "mul":
+    y *= operand.astype(jnp.float32)
+  return y.astype(out_dtype)

@@ -1,0 +1,85 @@
+"""From the parameters of a checkpoint to those that run fast.
+
+Projections of one input become one, `self_attn/qkv_proj` and
+`mlp/gate_up_proj`, and INT4 weights go to the order the kernels read.
+Float projections stay as they are. Execution parameters are never stored.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fireq_jax.errors import ConfigError
+from fireq_jax.pallas.layouts import pack_int4_weights
+from fireq_jax.qtensor import QTensor, unpack_int4
+
+Params = dict[str, Any]
+
+
+def prepare(params: Params, *, donate: bool = False) -> Params:
+  """Returns execution parameters, made one layer at a time.
+
+  Args:
+    params: float or quantised parameters.
+    donate: deletes each layer's arrays once they are packed, so that a model
+      never takes twice its memory; `params` cannot be used afterwards.
+
+  Raises:
+    ConfigError: the parameters are prepared already.
+  """
+  layers = []
+  for layer in params["model"]["layers"]:
+    layers.append(prepare_layer(layer))
+    if donate:
+      jax.block_until_ready(layers[-1])
+      kept = {id(leaf) for leaf in jax.tree.leaves(layers[-1])}
+      for leaf in jax.tree.leaves(layer):
+        if isinstance(leaf, jax.Array) and id(leaf) not in kept:
+          leaf.delete()
+  return params | {"model": params["model"] | {"layers": layers}}
+
+
+def prepare_layer(layer: Params) -> Params:
+  """Returns one decoder layer with its quantised projections packed."""
+  if "qkv_proj" in layer["self_attn"]:
+    raise ConfigError("the parameters are prepared already")
+  attn, mlp = dict(layer["self_attn"]), dict(layer["mlp"])
+  _pack(attn, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
+  _pack(attn, ("o_proj",), "o_proj")
+  _pack(mlp, ("gate_proj", "up_proj"), "gate_up_proj", gated=True)
+  _pack(mlp, ("down_proj",), "down_proj")
+  return layer | {"self_attn": attn, "mlp": mlp}
+
+
+def _pack(
+  block: Params, parts: tuple[str, ...], name: str, *, gated: bool = False
+) -> None:
+  """Replaces `parts` of a block by `name`; those that differ stay apart."""
+  weights = [block[part]["kernel"] for part in parts]
+  if not _fit_together(weights):
+    if len(parts) > 1:
+      for part in parts:
+        _pack(block, (part,), part)
+    return
+  for part in parts:
+    del block[part]
+  minus_8 = any(bool(_has_minus_8(w.codes)) for w in weights)
+  packed = _pack_weights(weights, gated=gated, asymmetric=minus_8)
+  block[name] = {"kernel": packed}
+
+
+def _fit_together(weights: list[Any]) -> bool:
+  """Whether one matmul can hold the projections."""
+  if not all(isinstance(w, QTensor) for w in weights):
+    return False
+  formats = {
+    (w.shape[1], w.group, w.scale.dtype, w.activation) for w in weights
+  }
+  return len(formats) == 1
+
+
+_pack_weights = jax.jit(
+  pack_int4_weights, static_argnames=("gated", "asymmetric")
+)
+_has_minus_8 = jax.jit(lambda codes: jnp.any(unpack_int4(codes) == -8))
