@@ -395,8 +395,8 @@ def _prefill(params, request, *, config, kv, options, implementation) -> _State:
     cache=cache,
     output=GenerateOutput(
       tokens=jnp.full(shape, options.pad_token_id, jnp.int32),
-      lengths=jnp.zeros(batch, jnp.int32),
-      finished=jnp.zeros(batch, bool),
+      lengths=jnp.zeros_like(request.lengths),
+      finished=jnp.zeros_like(request.lengths, bool),
     ),
   )
   return _emit(state, logits, options)

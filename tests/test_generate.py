@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_llama
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from fireq_jax import generate as generation
 from fireq_jax.config import (
@@ -161,6 +162,19 @@ def test_inside_jit_vmap_and_scan():
   np.testing.assert_array_equal(jax.jit(jax.vmap(draw))(keys), one_by_one)
   _, scanned = jax.lax.scan(lambda _, key: (None, draw(key)), None, keys)
   np.testing.assert_array_equal(scanned, one_by_one)
+
+
+def test_inside_shard_map():
+  """Each device generates for its own rows, and stops when they are done."""
+  mesh = jax.make_mesh((3,), ("data",), axis_types=(AxisType.Auto,))
+  keys = jax.random.split(jax.random.key(0), 3)
+  draw = lambda tokens, lengths, key: run(
+    tokens, lengths, STREAM, key=key, temperature=1.0
+  )
+  rows = PartitionSpec("data")
+  split = jax.shard_map(draw, mesh=mesh, in_specs=(rows,) * 3, out_specs=rows)
+  got = jax.jit(split)(TOKENS, LENGTHS, keys)
+  assert_same(got, draw(TOKENS, LENGTHS, keys))
 
 
 def test_one_compilation_per_shape(monkeypatch):
