@@ -6,6 +6,7 @@ The first --ckpt (say, the Hugging Face folder) is the reference for the KL
 divergence and the agreement of the likeliest token. Last line: JSON.
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,11 @@ from absl import flags
 from tqdm import tqdm
 
 from fireq_jax import cli
+from fireq_jax.checkpoint import Checkpoint
 from fireq_jax.errors import DataError
 from fireq_jax.evaluate import PROTOCOL, cut_text, evaluate
 from fireq_jax.loading import load_model
+from fireq_jax.prepare import prepare
 from fireq_jax.tokenizer import Tokenizer
 
 
@@ -36,7 +39,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
   text = read_text(Path(values.text))
-  models = [load_model(ckpt) for ckpt in values.ckpt]
+  models = [load_prepared(ckpt) for ckpt in values.ckpt]
   vocab_sizes = {model.config.vocab_size for model in models}
   if len(vocab_sizes) > 1:
     raise DataError(
@@ -81,6 +84,12 @@ def run(values: flags.FlagValues) -> None:
       {"seq_len": values.seq_len, "windows": len(windows), "rows": rows}
     )
   )
+
+
+def load_prepared(ckpt: str) -> Checkpoint:
+  """A model with the execution parameters that generation uses."""
+  model = load_model(ckpt)
+  return dataclasses.replace(model, params=prepare(model.params, donate=True))
 
 
 def read_text(path: Path) -> str:

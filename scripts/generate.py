@@ -19,6 +19,7 @@ from fireq_jax.config import GenerateConfig
 from fireq_jax.errors import ConfigError
 from fireq_jax.generate import generate_stream, pad_prompts
 from fireq_jax.loading import load_model
+from fireq_jax.prepare import prepare
 from fireq_jax.tokenizer import Tokenizer
 
 
@@ -46,6 +47,7 @@ def run(values: flags.FlagValues) -> None:
     raise ConfigError("give either --prompt TEXT or --chat")
   model = load_model(values.ckpt, verify=values.verify)
   tokenizer = Tokenizer(model.path, model.config.vocab_size)
+  params = prepare(model.params, donate=True)
   eos = {*tokenizer.eos_token_ids, *model.config.eos_token_ids}
   options = GenerateConfig(
     max_new_tokens=values.max_new_tokens,
@@ -60,7 +62,7 @@ def run(values: flags.FlagValues) -> None:
 
     def new_tokens() -> Iterator[int]:
       for step in generate_stream(
-        model.params,
+        params,
         tokens,
         lengths,
         config=model.config,
