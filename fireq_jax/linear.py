@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from fireq_jax.config import Implementation
-from fireq_jax.pallas import reference
+from fireq_jax.pallas import int4_matmul, reference, tunings
+from fireq_jax.pallas.device import require_hopper
 from fireq_jax.pallas.layouts import PackedInt4
 from fireq_jax.qtensor import QTensor, quantize_e4m3
 
@@ -60,14 +61,14 @@ def linear(
   Raises:
     NotImplementedError: the kernel asked for by name cannot run this.
   """
-  if implementation == "mosaic_gpu":
-    raise NotImplementedError("no Mosaic GPU kernel for this projection")
+  if implementation == "mosaic_gpu" and not isinstance(w, PackedInt4):
+    raise NotImplementedError("the kernel needs weights of prepare()")
   out_dtype = out_dtype or x.dtype
   dtype, scale = x.dtype, None
   if norm is not None:
     x = norm(x)
   if isinstance(w, PackedInt4):
-    return _packed(x, w, residual, dtype, out_dtype)
+    return _packed(x, w, residual, dtype, out_dtype, implementation)
   if isinstance(w, QTensor):
     # Values rounded to e4m3 are exact in bf16; unrounded products need f32.
     rounded = w.scale.dtype == jnp.float8_e4m3fn
@@ -93,23 +94,40 @@ def in_features(w: Weight) -> int:
   return w.shape[1] if isinstance(w, QTensor | PackedInt4) else w.shape[0]
 
 
-def _packed(x, w, residual, dtype, out_dtype):
+def _packed(x, w, residual, dtype, out_dtype, implementation):
   """Calls the matmul on rows [T, C] of activations."""
-  rows = lambda a: None if a is None else a.reshape(-1, a.shape[-1])
+  rows = lambda a: a.reshape(-1, a.shape[-1])
   scale = None
   if w.activation == "e4m3":
     codes, scale = quantize_e4m3(rows(x))
   else:
     codes = rows(x).astype(dtype)
-  y = reference.int4_matmul(
-    codes,
-    w,
-    scale,
-    operand=rows(residual),
-    epilogue="linear" if residual is None else "add",
-    out_dtype=out_dtype,
-  )
+  args = codes, w, scale
+  options = {
+    "operand": None if residual is None else rows(residual),
+    "epilogue": "linear" if residual is None else "add",
+    "out_dtype": out_dtype,
+  }
+  if _runs(args, options, implementation):
+    tuning = tunings.choose(codes.shape[0], w)
+    y = int4_matmul.int4_matmul(*args, **options, tuning=tuning)
+  else:
+    y = reference.int4_matmul(*args, **options)
   return y.reshape(*x.shape[:-1], -1)
+
+
+def _runs(args, options, implementation):
+  """Whether the kernel runs; raises if it cannot but is asked for by name."""
+  if implementation == "xla":
+    return False
+  try:
+    require_hopper()
+    int4_matmul.supported(*args, **options)
+  except NotImplementedError:
+    if implementation == "mosaic_gpu":
+      raise
+    return False
+  return True
 
 
 def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -92,7 +92,7 @@ def pack_int4_weights(
     codes=_pack_codes(codes, encoding),
     scale=scale.T,
     row_scale=row_scale,
-    shape=codes.shape,
+    shape=(codes.shape[0], codes.shape[1]),
     encoding=encoding,
     activation=first.activation,
     gated=gated,

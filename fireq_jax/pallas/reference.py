@@ -40,8 +40,7 @@ def int4_matmul(
     y = jax.nn.silu(gate) * up
   elif epilogue == "silu":
     y = jax.nn.silu(y)
-  elif epilogue == "add":
-    y += operand.astype(jnp.float32)
-  elif epilogue == "mul":
-    y *= operand.astype(jnp.float32)
+  elif operand is not None:
+    operand = operand.astype(jnp.float32)
+    y = y * operand if epilogue == "mul" else y + operand
   return y.astype(out_dtype)

@@ -1,0 +1,48 @@
+"""Compiles jitted functions to Hopper machine code on a CPU, by JAX's AOT path.
+
+Needs the jax-cuda13-plugin and jax-cuda13-pjrt wheels, no driver and no GPU.
+The environment variable MOSAIC_GPU_DUMP_TO must name the folder of the reports.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+from jax.experimental import topologies
+
+_TARGET = Path(__file__).with_name("h200.txtpb")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What ptxas says of one kernel."""
+
+  spilled_bytes: int
+  serialised_wgmma: bool
+
+
+def compile_all(functions, folder: Path) -> list[Report]:
+  """Reports of the kernels in [(function, argument shapes)], in order."""
+  topology = topologies.get_topology_desc(
+    platform="cuda", target_config=_TARGET.read_text(), topology="1x1x1"
+  )
+  mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  reports = []
+  for function, args in functions:
+    args = jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args
+    )
+    before = set(folder.glob("*.ptxas"))
+    jax.jit(function).lower(*args).compile()
+    for path in sorted(set(folder.glob("*.ptxas")) - before):
+      text = path.read_text()
+      spills = re.findall(r"(\d+) bytes spill", text)
+      reports.append(
+        Report(
+          spilled_bytes=sum(map(int, spills)),
+          serialised_wgmma="serialized" in text,
+        )
+      )
+  return reports

@@ -1,0 +1,236 @@
+"""Completes JAX's Mosaic GPU interpreter for the kernels' sake, on a CPU.
+
+JAX 0.11.2 interprets Mosaic GPU kernels thread by thread, with shared memory,
+TMA, barriers and a race detector. Three things are missing:
+
+- wgmma with the A operand in registers;
+- wgmma as the asynchronous instruction it is: here it runs at the wait that
+  covers it, so that memory reused too early gives a race and a wrong result;
+- inlined PTX: its meaning is looked up by the `kind` of the inlined function.
+
+This patches private modules of one JAX version, so it lives with the tests.
+"""
+
+import contextlib
+import functools
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src import callback
+from jax._src import core as jax_core
+from jax._src.pallas.mosaic_gpu import primitives
+from jax._src.pallas.mosaic_gpu.interpret import (
+  gpu_callbacks,
+  interpret_pallas_call,
+  jaxpr_interpret,
+  shared_memory,
+)
+from jax._src.pallas.mosaic_gpu.interpret.params import (
+  InterpretGPUParams,
+  force_gpu_interpret_mode,
+)
+
+VERSION = "0.11.2"
+
+_pending = {}  # thread -> [(multiplication, its clock)], oldest first
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def interpret():
+  """Runs Mosaic GPU kernels traced inside on the CPU; yields `races()`."""
+  saved = (
+    gpu_callbacks.wgmma,
+    gpu_callbacks.wgmma_accumulator_deref,
+    jaxpr_interpret.JaxprInterpreter.interpret,
+  )
+  guard = gpu_callbacks.fail_on_exception
+  gpu_callbacks.wgmma = guard(_wgmma)
+  gpu_callbacks.wgmma_accumulator_deref = guard(
+    functools.partial(_deref, original=saved[1])
+  )
+  jaxpr_interpret.JaxprInterpreter.interpret = functools.partialmethod(
+    _interpret, original=saved[2]
+  )
+  _pending.clear()
+  try:
+    with force_gpu_interpret_mode(InterpretGPUParams(detect_races=True)):
+      yield lambda: interpret_pallas_call.get_races().races_found
+  finally:
+    (
+      gpu_callbacks.wgmma,
+      gpu_callbacks.wgmma_accumulator_deref,
+      jaxpr_interpret.JaxprInterpreter.interpret,
+    ) = saved
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+def _wgmma(
+  *,
+  token,
+  mesh_location,
+  thread,
+  acc_allocation_key_as_array,
+  acc_transforms,
+  a_allocation_key_as_array,
+  a_transforms,
+  b_allocation_key_as_array,
+  b_transforms,
+  source_info=None,
+):
+  memory = gpu_callbacks._get_shared_memory()
+  where = shared_memory.GPULoggingInfo(mesh_location, thread, source_info)
+
+  def access(key, transforms):
+    key = gpu_callbacks.HostAllocationKey.from_array(key)
+    transforms = gpu_callbacks._remove_noop_transforms(transforms)
+    return key, memory.access(key, jax.tree.map(int, transforms))
+
+  def read(source):
+    return np.asarray(
+      memory.get_buffer_content(
+        *source, thread, increment_clock=False, logging_info=where
+      )[0]
+    )
+
+  acc = access(acc_allocation_key_as_array, acc_transforms)
+  operands = [access(b_allocation_key_as_array, b_transforms)]
+  a_registers = np.asarray(a_allocation_key_as_array)
+  if a_registers.ndim != 2:
+    operands.append(access(a_allocation_key_as_array, a_transforms))
+  # The tensor core reads shared memory through the async proxy, at a time of
+  # its own, which the issuing thread learns about only by waiting.
+  memory.incr_clock(thread)
+  clock = memory.get_clock(thread).copy()
+  clock.inc(memory.get_next_tma_thread_id())
+  for key, part in operands:
+    gpu_callbacks.get_races().check_read(
+      thread, clock.async_smem_clock.copy(), key, part, source_info=source_info
+    )
+
+  def multiply():
+    b = read(operands[0]).astype(np.float32)
+    a = a_registers if a_registers.ndim == 2 else read(operands[1])
+    total = read(acc) + a.astype(np.float32) @ b
+    memory.store_buffer_content(
+      *acc, total, thread, increment_clock=False, logging_info=where
+    )
+
+  with _lock:
+    _pending.setdefault(thread, []).append((multiply, clock))
+  return token
+
+
+def _finish(thread, in_flight):
+  """Runs a thread's multiplications but for the `in_flight` latest."""
+  with _lock:
+    queue = _pending.get(thread, [])
+    count = max(0, len(queue) - in_flight)
+    due, _pending[thread] = queue[:count], queue[count:]
+  memory = gpu_callbacks._get_shared_memory()
+  for multiply, clock in due:
+    multiply()
+    with memory.lock:
+      memory.clocks[thread].update(clock)
+
+
+def _deref(*, original, **kwargs):
+  if kwargs["wait_n"] is not None:
+    _finish(kwargs["thread"], int(kwargs["wait_n"]))
+  return original(**kwargs)
+
+
+def _wait(token, thread, *, n):
+  _finish(thread, n)
+  return token
+
+
+def _wgmma_wait(interpreter, eqn, token, _):
+  wait = functools.partial(_wait, n=eqn.params["n"])
+  token = callback.io_callback(
+    wait, gpu_callbacks.TOKEN_SHAPE_DTYPE, token, interpreter.thread
+  )
+  return token, []
+
+
+def _inline(interpreter, eqn, token, values):
+  emit = eqn.params["mgpu_fn"]
+  if emit.kind == "fence":
+    commit = functools.partial(
+      gpu_callbacks.commit_smem, source_info=eqn.source_info
+    )
+    token = callback.io_callback(
+      commit,
+      gpu_callbacks.TOKEN_SHAPE_DTYPE,
+      token=token,
+      mesh_location=interpreter.mesh_location,
+      thread=interpreter.thread,
+    )
+    return token, []
+  assert emit.kind == "dequantize"
+  return token, [dequantize(values[0], values[1:], emit.encoding)]
+
+
+def dequantize(words, scales, encoding):
+  """What the inlined PTX of `fireq_jax.pallas.dequant` computes.
+
+  words: uint8 [R, C / 2]; scales: e4m3 [R] for each equal part of C, or none.
+  """
+  nibbles = jnp.stack([words & 15, words >> 4], axis=-1).astype(jnp.int32)
+  nibbles = nibbles.reshape(words.shape[0], -1, 4, 8)  # row, chunk, thread, i
+  if encoding == "biased":
+    codes = nibbles - 8
+    order = lambda t, i: 8 * (i % 4) + 2 * t + i // 4
+  else:
+    order = lambda t, i: 16 * (i // 4) + 4 * t + i % 4
+    if encoding == "twos_complement":
+      codes = jnp.where(nibbles > 7, nibbles - 16, nibbles)
+    else:
+      top = nibbles >> 3
+      negative = jnp.concatenate([top[..., 1::2], top[..., 0::2]], axis=-1)
+      codes = jnp.where(negative == 1, -(nibbles & 7), nibbles & 7)
+  places = np.array([[order(t, i) for i in range(8)] for t in range(4)])
+  codes = codes.reshape(*codes.shape[:2], 32)[..., np.argsort(places.ravel())]
+  values = codes.reshape(words.shape[0], -1).astype(jnp.float32)
+  if scales:
+    values = values.reshape(words.shape[0], len(scales), -1)
+    factor = jnp.stack([s.astype(jnp.float32) for s in scales], axis=1)
+    values = (values * factor[..., None]).reshape(words.shape[0], -1)
+    values = jnp.clip(values, -448, 448)
+  dtype = jnp.bfloat16 if encoding == "biased" else jnp.float8_e4m3fn
+  return values.astype(dtype)
+
+
+_RULES = {
+  primitives.wgmma_wait_p: _wgmma_wait,
+  primitives.inline_mgpu_p: _inline,
+}
+
+
+def _interpret(self, jaxpr, token, *args, original):
+  """Interprets equations one by one where one of them has a rule here."""
+  if not any(eqn.primitive in _RULES for eqn in jaxpr.eqns):
+    return original(self, jaxpr, token, *args)
+  env = dict(zip([*jaxpr.constvars, *jaxpr.invars], args))
+  is_literal = lambda v: isinstance(v, jax_core.Literal)
+  read = lambda v: v.val if is_literal(v) else env[v]
+  for eqn in jaxpr.eqns:
+    if eqn.primitive in _RULES:
+      rule = _RULES[eqn.primitive]
+      token, outs = rule(self, eqn, token, [read(v) for v in eqn.invars])
+      env.update(zip(eqn.outvars, outs))
+      continue
+    inputs = list(dict.fromkeys(v for v in eqn.invars if not is_literal(v)))
+    outvars = [v for v in eqn.outvars if not isinstance(v, jax_core.DropVar)]
+    one = jaxpr.replace(
+      constvars=[],
+      invars=inputs,
+      outvars=outvars,
+      eqns=[eqn],
+      debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
+    token, outs = original(self, one, token, *[env[v] for v in inputs])
+    env.update(zip(outvars, outs))
+  return token, [read(v) for v in jaxpr.outvars]

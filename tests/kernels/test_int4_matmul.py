@@ -1,0 +1,352 @@
+"""INT4 matmul: the reference against NumPy, the kernel against the reference."""
+
+import importlib.util
+import itertools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fireq_jax.errors import ConfigError
+from fireq_jax.pallas import layouts, reference, tunings
+from fireq_jax.pallas.int4_matmul import Tuning, int4_matmul, supported
+from fireq_jax.qtensor import QTensor, pack_int4
+
+E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
+
+
+def qtensor(rng, n, c, *, scale=E4M3, group=128, lowest=-7, activation="e4m3"):
+  codes = rng.integers(lowest, 8, (n, c)).astype(np.int8)
+  return QTensor(
+    codes=pack_int4(jnp.asarray(codes)),
+    scale=jnp.asarray(rng.uniform(0.25, 4, (n, c // group))).astype(scale),
+    tensor_scale=jnp.float32(2.0 ** rng.integers(-3, 4)),
+    activation=activation,
+  )
+
+
+def value(w):
+  """The QTensor's law in NumPy."""
+  packed = np.asarray(w.codes)
+  codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*w.shape)
+  codes = np.where(codes > 7, codes.astype(np.int32) - 16, codes)
+  scale = np.asarray(w.scale).astype(np.float32)
+  products = codes * np.repeat(scale, w.group, axis=1)
+  if w.scale.dtype == E4M3:
+    products = np.clip(products, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+  return products.astype(np.float64) / float(w.tensor_scale)
+
+
+def activations(rng, t, c, dtype):
+  x = rng.normal(size=(t, c)).astype(np.float32)
+  scale = rng.uniform(0.5, 1.5, t).astype(np.float32)
+  x = jnp.asarray(x).astype(E4M3 if dtype == "e4m3" else BF16)
+  return x, jnp.asarray(scale) if dtype == "e4m3" else None
+
+
+def silu(x):
+  return x / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize(
+  "scale, group, lowest, activation",
+  [
+    (E4M3, 128, -7, "e4m3"),
+    (E4M3, 64, -8, "e4m3"),
+    (BF16, 128, -7, "e4m3"),
+    (BF16, 128, -8, "e4m3"),
+    (BF16, 128, -8, "bf16"),
+  ],
+)
+def test_reference_agrees_with_numpy(scale, group, lowest, activation):
+  rng = np.random.default_rng(0)
+  options = dict(scale=scale, group=group, lowest=lowest, activation=activation)
+  parts = [qtensor(rng, n, 384, **options) for n in (128, 64, 64)]
+  w = layouts.pack_int4_weights(parts, asymmetric=lowest == -8)
+  x, x_scale = activations(rng, 5, 384, activation)
+  bias = rng.normal(size=256).astype(np.float32)
+  y = reference.int4_matmul(
+    x, w, x_scale, bias=jnp.asarray(bias), out_dtype=jnp.float32
+  )
+  wanted = (
+    np.asarray(x).astype(np.float64)
+    @ np.concatenate([value(part) for part in parts]).T
+  )
+  if x_scale is not None:
+    wanted *= np.asarray(x_scale)[:, None]
+  np.testing.assert_allclose(y, wanted + bias, rtol=1e-5, atol=1e-3)
+
+
+def test_reference_epilogues_agree_with_numpy():
+  rng = np.random.default_rng(1)
+  gate, up = (qtensor(rng, 64, 128) for _ in range(2))
+  x, x_scale = activations(rng, 3, 128, "e4m3")
+  operand = rng.normal(size=(3, 64)).astype(np.float32)
+  w = layouts.pack_int4_weights([gate], asymmetric=False)
+  plain = np.asarray(x).astype(np.float64) * np.asarray(x_scale)[:, None]
+  g, u = plain @ value(gate).T, plain @ value(up).T
+  for epilogue, wanted in (
+    ("linear", g),
+    ("add", g + operand),
+    ("mul", g * operand),
+    ("silu", silu(g)),
+  ):
+    y = reference.int4_matmul(
+      x,
+      w,
+      x_scale,
+      operand=jnp.asarray(operand) if epilogue in ("add", "mul") else None,
+      epilogue=epilogue,
+      out_dtype=jnp.float32,
+    )
+    np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-3)
+  both = layouts.pack_int4_weights([gate, up], gated=True)
+  y = reference.int4_matmul(x, both, x_scale, out_dtype=jnp.float32)
+  np.testing.assert_allclose(y, silu(g) * u, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("lowest, activation", [(-7, "e4m3"), (-8, "bf16")])
+def test_packing_keeps_every_code(lowest, activation):
+  rng = np.random.default_rng(2)
+  scale = BF16 if activation == "bf16" else E4M3
+  w = qtensor(
+    rng, 16, 320, scale=scale, group=64, lowest=lowest, activation=activation
+  )
+  packed = layouts.pack_int4_weights([w], asymmetric=lowest == -8)
+  ones = w.replace(scale=jnp.ones_like(w.scale), tensor_scale=jnp.float32(1))
+  np.testing.assert_array_equal(layouts.unpack_codes(packed), value(ones))
+  assert layouts.has_minus_8([w]) == (lowest == -8)
+
+
+def test_projections_that_do_not_fit_are_refused():
+  rng = np.random.default_rng(3)
+  w = qtensor(rng, 64, 128)
+  with pytest.raises(ConfigError, match="must agree"):
+    layouts.pack_int4_weights([w, qtensor(rng, 64, 256)])
+  with pytest.raises(ConfigError, match="two projections of one shape"):
+    layouts.pack_int4_weights([w, qtensor(rng, 128, 128)], gated=True)
+
+
+@pytest.mark.parametrize(
+  "n, c, x_dtype, reason",
+  [
+    (96, 128, E4M3, "multiples of 64"),
+    (128, 192, E4M3, "not a multiple of 128"),
+    (128, 128, BF16, "bfloat16"),
+  ],
+)
+def test_unsupported_inputs_give_a_reason(n, c, x_dtype, reason):
+  rng = np.random.default_rng(4)
+  w = layouts.pack_int4_weights([qtensor(rng, n, c, group=64)])
+  x = jnp.zeros((8, c), x_dtype)
+  with pytest.raises(NotImplementedError, match=reason):
+    supported(x, w, jnp.ones(8, jnp.float32))
+
+
+@pytest.mark.parametrize(
+  "changes", [{"tile_t": 12}, {"rows": 96}, {"stages": 3, "interleave": 2}]
+)
+def test_impossible_tunings_are_refused(changes):
+  with pytest.raises(ConfigError):
+    Tuning(**{"tile_t": 8, "stages": 4, **changes})
+
+
+# The kernel, thread by thread on the CPU.
+
+
+def problem(rng, n, c, t, *, kind="e4m3", lowest=-7, gated=False, **options):
+  """Arguments and keyword arguments of an `int4_matmul`."""
+  scale = E4M3 if kind == "e4m3" else BF16
+  activation = "bf16" if kind == "bf16" else "e4m3"
+  group = options.pop("group", 128)
+  make = lambda n: qtensor(
+    rng, n, c, scale=scale, group=group, lowest=lowest, activation=activation
+  )
+  parts = [make(n // 2), make(n // 2)] if gated else [make(n)]
+  w = layouts.pack_int4_weights(parts, gated=gated, asymmetric=lowest == -8)
+  x, x_scale = activations(rng, t, c, activation)
+  if options.get("epilogue") in ("add", "mul"):
+    shape = t, n // 2 if gated else n
+    options["operand"] = jnp.asarray(rng.normal(size=shape)).astype(BF16)
+  if options.pop("bias", False):
+    options["bias"] = jnp.asarray(rng.normal(size=n)).astype(BF16)
+  return (x, w, x_scale), options
+
+
+INTERPRETED = [
+  (dict(n=192, c=384, t=16), dict(tile_t=16, stages=2, blocks=2)),
+  (dict(n=128, c=512, t=13, lowest=-8),
+   dict(tile_t=8, stages=2, rows=64, interleave=2, ctas=2)),
+  (dict(n=192, c=512, t=7), dict(tile_t=8, stages=4, rows=48, interleave=4)),
+  (dict(n=256, c=512, t=24, gated=True), dict(tile_t=16, stages=2)),
+  (dict(n=128, c=256, t=16, kind="exact", epilogue="add", bias=True),
+   dict(tile_t=16, stages=2)),
+  (dict(n=128, c=256, t=16, kind="bf16", lowest=-8, epilogue="mul"),
+   dict(tile_t=16, stages=2)),
+  (dict(n=64, c=256, t=100, group=64, epilogue="silu",
+        out_dtype=jnp.float32), dict(tile_t=200, stages=2, rows=64)),
+  (dict(n=128, c=256, t=64, epilogue="add"), dict(tile_t=128, stages=2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape, tuning", INTERPRETED)
+def test_interpreted_kernel_agrees_and_has_no_race(shape, tuning):
+  mosaic_interpreter = interpreter()
+  args, options = problem(np.random.default_rng(5), **shape)
+  with mosaic_interpreter.interpret() as races:
+    tuning = Tuning(**{"ctas": 1, **tuning})
+    y = int4_matmul(*args, **options, tuning=tuning)
+    y = np.asarray(y, np.float32)
+    assert not races()
+  wanted = np.asarray(reference.int4_matmul(*args, **options), np.float32)
+  # Sums are of the same products, so only their order may differ.
+  np.testing.assert_allclose(
+    y, wanted, rtol=1e-2, atol=1e-4 * abs(wanted).max()
+  )
+
+
+def interpreter():
+  import jax.version
+
+  if jax.version.__version__ != "0.11.2":
+    pytest.skip("interprets kernels with jax 0.11.2 only")
+  import mosaic_interpreter
+
+  return mosaic_interpreter
+
+
+# The kernel, compiled by ptxas for the card, without a card.
+
+MODES = {
+  "e4m3": dict(scale=E4M3, activation="e4m3", encoding="sign_magnitude"),
+  "exact": dict(scale=BF16, activation="e4m3", encoding="sign_magnitude"),
+  "bf16": dict(scale=BF16, activation="bf16", encoding="biased"),
+}
+
+
+def shapes(t, n, c, *, mode, gated=False):
+  """Like `problem`, with shapes for arrays."""
+  struct, f32 = jax.ShapeDtypeStruct, jnp.float32
+  mode = MODES[mode]
+  w = layouts.PackedInt4(
+    codes=struct((c // 128, n, 64), jnp.uint8),
+    scale=struct((c // 128, n), mode["scale"]),
+    row_scale=struct((n,), f32),
+    shape=(n, c),
+    encoding=mode["encoding"],
+    activation=mode["activation"],
+    gated=gated,
+  )
+  x_scale = None if mode["activation"] == "bf16" else struct((t,), f32)
+  return struct((t, c), w.activation_dtype), w, x_scale
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  importlib.util.find_spec("jax_cuda13_plugin") is None,
+  reason="needs jax-cuda13-plugin to compile for a GPU (no GPU)",
+)
+def test_every_shipped_tuning_compiles_without_spills(tmp_path, monkeypatch):
+  import deviceless
+
+  monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+
+  cases = [
+    (shapes(t=tuning.tile_t, n=rows, c=1024, mode=mode), tuning)
+    for tuning, ns in tunings.table()
+    for mode, rows in itertools.product(ns, [128 if tuning.rows != 48 else 96])
+  ]
+  cases += [
+    (shapes(t=t, n=256, c=1024, mode="e4m3", gated=True), tuning)
+    for t in (16, 256)
+    for tuning in [
+      tunings.choose(t, shapes(t, 28672, 1024, mode="e4m3", gated=True)[1])
+    ]
+  ]
+  reports = deviceless.compile_all(
+    [
+      (lambda *args, tuning=tuning: int4_matmul(*args, tuning=tuning), args)
+      for args, tuning in cases
+    ],
+    tmp_path,
+  )
+  assert len(reports) == len(cases)
+  for (_, tuning), report in zip(cases, reports):
+    assert report.spilled_bytes == 0, tuning
+    assert not report.serialised_wgmma, tuning
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("t", [1, 16, 100, 4096])
+def test_chosen_tunings_lower_for_cuda(mode, t):
+  args = shapes(t=t, n=6144, c=4096, mode=mode)
+  tuning = tunings.choose(t, args[1])
+  kernel = jax.jit(lambda *args: int4_matmul(*args, tuning=tuning))
+  text = kernel.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+  assert "mosaic_gpu" in text
+
+
+# On the card.
+
+TOKENS = [1, 2, 7, 8, 13, 16, 17, 63, 64, 65, 127, 128, 129, 257, 1024, 4096]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("n, c", [(6144, 4096), (4096, 11008), (512, 2048)])
+def test_kernel_error_is_rounding(n, c, mode):
+  """For every number of tokens, and the same bits on every run."""
+  rng = np.random.default_rng(6)
+  for t in TOKENS:
+    (x, w, x_scale), _ = problem(rng, n, c, t, kind=mode)
+    tuning = tunings.choose(t, w)
+    kernel = jax.jit(
+      lambda x, w, x_scale, tuning=tuning: int4_matmul(
+        x, w, x_scale, tuning=tuning, out_dtype=jnp.float32
+      )
+    )
+    y = kernel(x, w, x_scale)
+    wanted = reference.int4_matmul(x, w, x_scale, out_dtype=jnp.float32)
+    error = jnp.linalg.norm(y - wanted) / jnp.linalg.norm(wanted)
+    assert error < 2e-3, (t, tuning)
+    for _ in range(20):
+      assert bool((kernel(x, w, x_scale) == y).all()), (t, tuning)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("t", [16, 300])
+@pytest.mark.parametrize(
+  "options",
+  [
+    dict(epilogue="add", bias=True),
+    dict(epilogue="mul"),
+    dict(epilogue="silu"),
+    dict(gated=True),
+    dict(lowest=-8),
+    dict(group=64),
+  ],
+)
+def test_epilogues_on_the_card(t, options):
+  rng = np.random.default_rng(7)
+  args, options = problem(rng, 4096, 2048, t, **options)
+  tuning = tunings.choose(t, args[1])
+  y = jax.jit(lambda *a: int4_matmul(*a, **options, tuning=tuning))(*args)
+  wanted = reference.int4_matmul(
+    *args,
+    **options,
+  )
+  y, wanted = y.astype(jnp.float32), wanted.astype(jnp.float32)
+  assert jnp.linalg.norm(y - wanted) / jnp.linalg.norm(wanted) < 5e-3
+
+
+@pytest.mark.gpu
+def test_not_a_number_stays_in_its_row():
+  rng = np.random.default_rng(8)
+  (x, w, x_scale), _ = problem(rng, 512, 1024, 16)
+  x = x.at[3, 5].set(jnp.nan)
+  tuning = tunings.choose(16, w)
+  y = int4_matmul(x, w, x_scale, tuning=tuning)
+  assert bool(jnp.isnan(y[3]).all())
+  assert not bool(jnp.isnan(jnp.delete(y, 3, axis=0)).any())
