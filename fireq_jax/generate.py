@@ -328,10 +328,7 @@ def _check_options(
 
 
 def _capacity(options: GenerateConfig, width: int) -> int:
-  if options.cache_capacity is not None:
-    return options.cache_capacity
-  needed = width + options.max_new_tokens
-  return -(-needed // 16) * 16  # a unit of what the decode kernel copies
+  return options.cache_capacity or width + options.max_new_tokens
 
 
 def _values(x: Any) -> Any:
@@ -378,10 +375,12 @@ def _visible(state: _State, active: jax.Array) -> tuple[jax.Array, ...]:
 def _prefill(params, request, *, config, kv, options, implementation) -> _State:
   """Reads the prompts and generates the first token."""
   batch, width = request.tokens.shape
+  # The decode kernel copies units of 16 tokens.
+  capacity = -(-_capacity(options, width) // 16) * 16
   logits, cache = forward(
     params,
     request.tokens,
-    init_cache(config, batch, _capacity(options, width), kv),
+    init_cache(config, batch, capacity, kv),
     config=config,
     counts=request.lengths,
     last_only=True,

@@ -17,7 +17,10 @@ from fireq_jax import cli
 def main(argv: Sequence[str] | None = None) -> int:
   argv = list(sys.argv if argv is None else argv)
   folder = Path(__file__).parent / "benchmarks"
-  names = sorted({p.stem for p in folder.glob("*.py")} - {"__init__", "common"})
+  names = sorted(
+    {p.stem for p in folder.glob("*.py")}
+    - {"__init__", "common", "attention_peers"}
+  )
   if len(argv) < 2 or argv[1] not in names:
     print(__doc__)
     print(f"error: expected one of {', '.join(names)}", file=sys.stderr)

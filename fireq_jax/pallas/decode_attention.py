@@ -175,8 +175,10 @@ def decode_attention(
     queries=length,
     tuning=tuning,
   )
+  used = min(rows, _ROWS)  # of the rows of each block
+  out, stats = out[..., :used, :], stats[..., :used]
   out = out[:, :, 0] if tuning.splits == 1 else _combine(out, stats)
-  out = out.reshape(batch, kv_heads, blocks * _ROWS, head_dim)[:, :, :rows]
+  out = out.reshape(batch, kv_heads, blocks * used, head_dim)[:, :, :rows]
   out = out.reshape(batch, kv_heads, length, group, head_dim)
   return jnp.moveaxis(out, 1, 2).reshape(q.shape)
 

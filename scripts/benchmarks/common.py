@@ -197,3 +197,22 @@ def median_us(
     jax.block_until_ready(many(sets))
     samples.append(time.perf_counter() - start)
   return statistics.median(samples) / (inner * len(sets) + 1) * 1e6
+
+
+def device_us(
+  function: Callable[..., Any],
+  operand_sets: Sequence[tuple],
+  *,
+  repeats: int = 15,
+) -> float:
+  """Median time of the kernels of one `function(*operands)`, in microseconds.
+
+  Read by the profiler, so without the gaps between kernels. Operand sets are
+  used in turn, as in `median_us`.
+  """
+  from jax.experimental.mosaic.gpu import profiler
+
+  sets = tuple(map(tuple, operand_sets))
+  run = jax.jit(lambda sets: [function(*operands) for operands in sets])
+  _, milliseconds = profiler.measure(run, iterations=repeats)(sets)
+  return statistics.median(milliseconds) / len(sets) * 1e3

@@ -1,0 +1,122 @@
+"""Prefill attention: FP8 products over INT4 keys and values, causal.
+
+`us` is the attention alone, with scales per token; `total_us` adds rounding
+queries, appending keys and values to an INT4 cache and reading it back.
+"""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from benchmarks import attention_peers
+from benchmarks.common import device_us, isolated
+from fireq_jax import kv_cache
+from fireq_jax.attention import attention
+from fireq_jax.config import KVFormat, LlamaConfig, RopeConfig
+from fireq_jax.pallas import prefill_attention as prefill
+from fireq_jax.qtensor import quantize_e4m3
+
+
+def define_flags(values: flags.FlagValues) -> None:
+  flags.DEFINE_list(
+    "sizes",
+    ["1x1024", "1x4096", "1x8192", "1x16384"],
+    "Batch x tokens of the rows.",
+    flag_values=values,
+  )
+  flags.DEFINE_integer("q_heads", 32, "Query heads.", flag_values=values)
+  flags.DEFINE_integer("kv_heads", 8, "Kv heads.", flag_values=values)
+  flags.DEFINE_integer("head_dim", 128, "Head dim.", flag_values=values)
+  flags.DEFINE_integer(
+    "timeout", 120, "Seconds a measurement may take.", flag_values=values
+  )
+
+
+def run(values: flags.FlagValues) -> Iterable[dict]:
+  heads = (values.q_heads, values.kv_heads, values.head_dim)
+  for size in values.sizes:
+    shape = (*map(int, size.split("x")), *heads)
+    row = isolated(_measure, *shape, timeout_s=values.timeout)
+    row["baselines"] = attention_peers.measure(
+      *shape, new_tokens=shape[1], timeout_s=values.timeout
+    )
+    yield row
+
+
+def _measure(batch, seq, q_heads, kv_heads, head_dim) -> dict:
+  keys = jax.random.split(jax.random.key(0), 3)
+  q, k, v = (
+    jax.random.normal(key, (batch, seq, heads, head_dim), jnp.bfloat16)
+    for key, heads in zip(keys, (q_heads, kv_heads, kv_heads))
+  )
+  starts = jnp.zeros(batch, jnp.int32)
+  counts = jnp.full(batch, seq, jnp.int32)
+  kv = KVFormat(cache="int4", query="e4m3")
+  config = _config(q_heads, kv_heads, head_dim, seq)
+  cache = kv_cache.init_cache(config, batch, seq, kv).layers[0]
+
+  @jax.jit
+  def prepare(q, k, v):
+    held = kv_cache.encode(k, v, kv)
+    return *quantize_e4m3(q), *prefill.prefill_operands(
+      held.k, held.k_scale, held.v, held.v_scale
+    )
+
+  def total(cache, q, k, v):
+    cache = kv_cache.append(cache, k, v, starts, counts)
+    q, q_scale = quantize_e4m3(q)
+    out = attention(
+      q,
+      q_scale,
+      cache,
+      starts=starts,
+      counts=counts,
+      out_dtype=jnp.bfloat16,
+      implementation="mosaic_gpu",
+    )
+    return out, cache
+
+  operands = (*prepare(q, k, v), starts, counts)
+  us = device_us(prefill.prefill_attention, [operands])
+  flops = 2 * batch * seq**2 * q_heads * head_dim  # half of 4: causal
+  return {
+    "batch": batch,
+    "seq": seq,
+    "q_heads": q_heads,
+    "kv_heads": kv_heads,
+    "head_dim": head_dim,
+    "us": us,
+    "tflops": flops / us * 1e-6,
+    "total_us": device_us(total, [(cache, q, k, v)]),
+  }
+
+
+def _config(q_heads, kv_heads, head_dim, tokens) -> LlamaConfig:
+  return LlamaConfig(
+    vocab_size=1,
+    hidden_size=q_heads * head_dim,
+    intermediate_size=1,
+    num_hidden_layers=1,
+    num_attention_heads=q_heads,
+    num_key_value_heads=kv_heads,
+    head_dim=head_dim,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=tokens,
+    rope=RopeConfig(theta=1e4),
+    tie_word_embeddings=True,
+  )
+
+
+def plot(rows, axes) -> None:
+  seq = [row["seq"] for row in rows]
+  axes.plot(seq, [row["tflops"] for row in rows], "o-", label="INT4 keys, FP8")
+  for name in sorted({name for row in rows for name in row["baselines"]}):
+    speed = [
+      row["tflops"] * row["us"] / row["baselines"].get(name, float("nan"))
+      for row in rows
+    ]
+    axes.plot(seq, speed, "o--", label=name)
+  axes.set(xscale="log", xlabel="tokens", ylabel="TFLOPS, causal")
+  axes.legend()
