@@ -27,7 +27,8 @@ def nearest_codes(
   def steps(top: int) -> jax.Array:
     below = [code_values(jnp.int8(c), scale) for c in range(top + 1)]
     midpoints = [(a + b) / 2 for a, b in zip(below, below[1:])]
-    return sum((magnitude > m).astype(jnp.int8) for m in midpoints)
+    none = jnp.zeros(magnitude.shape, jnp.int8)
+    return sum(((magnitude > m).astype(jnp.int8) for m in midpoints), none)
 
   if lowest == -7:
     code = steps(7)

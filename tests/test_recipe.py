@@ -39,7 +39,7 @@ def test_preset_says_what_it_is_and_survives_a_round_trip(name, tmp_path):
 
 
 def test_presets_are_those_promised():
-  promised = {"fireq", "fireq-bf16-scale", "w4a16", "kv4-only", "none"}
+  promised = {"best", "fireq", "fireq-bf16-scale", "w4a16", "kv4-only", "none"}
   assert promised <= set(recipes.presets())
 
 
@@ -86,6 +86,8 @@ def test_a_recipe_with_every_field_set_survives_a_round_trip():
     ("name: a\nscaling: {down: .nan}", "down must be finite"),
     ("name: a\nscaling: {v_mul: 0}", "v_mul must be positive"),
     ("name: a\nkeys: {beta: 8.0}", "beta and top_k"),
+    ("name: a\nkeys: {fit: true, alpha: 8.0}", "fit replaces alpha"),
+    ("name: a\nsolver: {gptq: true}", "gptq need the scale search"),
     ("name: a\nkv: {cache: int3}", "cache format"),
     ("name: a\nscaling: {awq: 1.0}", "awq: not a list"),
     ("name: a\noverrides: [{projections: [q]}]", "unknown projection 'q'"),
