@@ -64,9 +64,19 @@ def report(rows: Sequence[Row], argv: Sequence[str]) -> Row:
     "card": isolated(_card, timeout_s=120),
     "date": datetime.date.today().isoformat(),
     "versions": {"fireq_jax": fireq_jax.__version__, "jax": jax.__version__},
-    "command": " ".join(["python scripts/bench.py", *argv]),
+    "command": " ".join(["python scripts/bench.py", *_measured(argv)]),
     "rows": list(rows),
   }
+
+
+def _measured(argv: Sequence[str]) -> Iterable[str]:
+  """The arguments without those that only say where results go."""
+  rest = iter(argv)
+  for argument in rest:
+    if argument in ("--json", "--plot"):
+      next(rest, None)
+    elif not argument.startswith(("--json=", "--plot=")):
+      yield argument
 
 
 def _card() -> str:
