@@ -31,14 +31,6 @@ CONFIG = LlamaConfig(
 PARAMS = llama.init_params(CONFIG, jax.random.key(0))
 TOKENS = np.random.default_rng(0).integers(0, 64, (3, 16), np.int32)
 RECIPES = {name: recipes.load(name) for name in recipes.presets()} | {
-  "searched": Recipe(
-    name="searched",
-    weight=WeightFormat(group=64),
-    kv=recipes.load("fireq").kv,
-    solver=Solver(scale="search", gptq=True),
-    keys=recipes.KeyScaling(fit=True),
-    rotation=recipes.Rotation(residual=True, value=True),
-  ),
   "everything": Recipe(
     name="everything",
     weight=WeightFormat(group=64),
@@ -107,7 +99,7 @@ def test_the_reported_error_is_that_of_the_weights():
 
 
 def test_the_same_data_gives_the_same_bytes():
-  recipe = RECIPES["searched"]
+  recipe = RECIPES["best"]
   jax.tree.map(
     np.testing.assert_array_equal, quantize(recipe), quantize(recipe)
   )
@@ -125,7 +117,7 @@ def test_overrides_reach_their_weights():
 @pytest.mark.parametrize(
   "name, tokens",
   [
-    ("searched", np.zeros((2, 16), np.int32)),
+    ("best", np.zeros((2, 16), np.int32)),
     ("fireq", np.array([[5]], np.int32)),
   ],
 )
