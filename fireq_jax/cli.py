@@ -37,14 +37,15 @@ def run(
     "debug", False, "Print the traceback of an error.", flag_values=values
   )
   define_flags(values)
-  if {"-h", "--help", "-help"} & set(argv[1:]):
-    print(f"{inspect.getdoc(inspect.getmodule(body))}\n\nFlags:")
-    print(values.get_help().split("\nabsl.flags:")[0])
-    return 0
   try:
+    if {"-h", "--help", "-help"} & set(argv[1:]):
+      print(f"{inspect.getdoc(inspect.getmodule(body))}\n\nFlags:")
+      print(values.get_help().split("\nabsl.flags:")[0], flush=True)
+      return 0
     with _terminate_as_exception(), _one_line_warnings():
       _parse(argv, values)
       body(values)
+      sys.stdout.flush()
     return 0
   except BrokenPipeError:  # the reader left, as in `... | head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -27,10 +27,20 @@ COPY_BYTES_PER_SECOND = 4.25e12  # of an H200, read plus written
 FEW, MANY = 8, 72  # new tokens of the two calls whose difference is timed
 
 
-def _llama(hidden, ffn, layers, heads, kv_heads, head_dim, **other):
-  options = {"vocab_size": 128256, "theta": 500000.0, "tied": False} | other
+def _llama(
+  hidden: int,
+  ffn: int,
+  layers: int,
+  heads: int,
+  kv_heads: int,
+  head_dim: int,
+  *,
+  vocab_size: int = 128256,
+  theta: float = 500000.0,
+  tied: bool = False,
+) -> LlamaConfig:
   return LlamaConfig(
-    vocab_size=options["vocab_size"],
+    vocab_size=vocab_size,
     hidden_size=hidden,
     intermediate_size=ffn,
     num_hidden_layers=layers,
@@ -39,8 +49,8 @@ def _llama(hidden, ffn, layers, heads, kv_heads, head_dim, **other):
     head_dim=head_dim,
     rms_norm_eps=1e-5,
     max_position_embeddings=131072,
-    rope=RopeConfig(theta=options["theta"]),
-    tie_word_embeddings=options["tied"],
+    rope=RopeConfig(theta=theta),
+    tie_word_embeddings=tied,
   )
 
 
