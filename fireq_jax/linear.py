@@ -61,7 +61,7 @@ def linear(
   Raises:
     NotImplementedError: the kernel asked for by name cannot run this.
   """
-  if implementation == "mosaic_gpu" and not isinstance(w, PackedInt4):
+  if implementation == "mosaic_gpu" and isinstance(w, QTensor):
     raise NotImplementedError("the kernel needs weights of prepare()")
   out_dtype = out_dtype or x.dtype
   dtype, scale = x.dtype, None

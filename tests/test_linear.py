@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fireq_jax.linear import linear
+from fireq_jax.pallas.layouts import pack_int4_weights
 from fireq_jax.qtensor import (
   QTensor,
   pack_int4,
@@ -125,9 +126,12 @@ def test_not_a_number_is_not_hidden():
 
 
 def test_kernel_asked_for_by_name_is_not_replaced():
-  x, w = jnp.ones((1, 32)), jnp.ones((32, 16))
-  with pytest.raises(NotImplementedError, match="kernel"):
+  x = jnp.ones((1, 32), jnp.bfloat16)
+  w, _ = weight(np.random.default_rng(0), 16, 32, jnp.float8_e4m3fn, "e4m3")
+  with pytest.raises(NotImplementedError, match="prepare"):
     linear(x, w, implementation="mosaic_gpu")
+  with pytest.raises(NotImplementedError):  # groups of 32, and no GPU here
+    linear(x, pack_int4_weights([w]), implementation="mosaic_gpu")
 
 
 def test_jit_and_vmap():
