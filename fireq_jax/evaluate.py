@@ -6,12 +6,12 @@ tail is dropped; logits are f32; the result is exp of the mean over windows of
 each window's mean negative log-likelihood of tokens 2 to T.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +26,7 @@ PROTOCOL = (
 )
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
   """Of one model over all windows; the first model is the reference.
 
