@@ -95,19 +95,23 @@ def attention(
 
 def _mosaic_attention(q, q_scale, kv, starts, counts):
   require_hopper()
+  k_scale, v_scale = kv.k_scale, kv.v_scale
+  if k_scale is None or v_scale is None or kv.k.dtype == jnp.float8_e4m3fn:
+    raise NotImplementedError(f"the kernels read INT4 keys, not {kv.k.dtype}")
+  if isinstance(kv, LayerCache) and q.shape[1] <= decode.MAX_QUERIES:
+    out = decode.decode_attention(
+      q, q_scale, kv.k, k_scale, kv.v, v_scale, starts
+    )
+    real = jnp.arange(q.shape[1], dtype=jnp.int32) < counts[:, None]
+    return jnp.where(real[..., None, None], out, 0)
+  if q_scale is None:
+    raise NotImplementedError("prefill needs e4m3 queries")
+  k, v = kv.k, kv.v
   if isinstance(kv, LayerCache):
-    if kv.format.cache != "int4":
-      raise NotImplementedError(f"no kernel reads a {kv.format.cache} cache")
-    if q.shape[1] <= decode.MAX_QUERIES:
-      out = decode.decode_attention(
-        q, q_scale, kv.k, kv.k_scale, kv.v, kv.v_scale, starts
-      )
-      real = jnp.arange(q.shape[1], dtype=jnp.int32) < counts[:, None]
-      return jnp.where(real[..., None, None], out, 0)
-    kv = kv_cache.read(kv)
-  if q_scale is None or kv.k.dtype != jnp.int8:
-    raise NotImplementedError("prefill needs e4m3 queries and INT4 codes")
-  operands = prefill.prefill_operands(kv.k, kv.k_scale, kv.v, kv.v_scale)
+    held = kv_cache.read(kv)
+    k, v = held.k, held.v
+    k_scale, v_scale = (jnp.swapaxes(x, 1, 2) for x in (k_scale, v_scale))
+  operands = prefill.prefill_operands(k, k_scale, v, v_scale)
   return prefill.prefill_attention(q, q_scale, *operands, starts, counts)
 
 

@@ -37,6 +37,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fireq_jax.config import check
 from fireq_jax.pallas import int4_fragments as frag
+from fireq_jax.pallas.inline import fence_async_proxy, load
 
 MAX_QUERIES = 8
 _ROWS = frag.ROWS
@@ -183,10 +184,6 @@ def decode_attention(
   return jnp.moveaxis(out, 1, 2).reshape(q.shape)
 
 
-def _load(ref, layout):
-  return plgpu.load(ref, (), layout=layout, optimized=False)
-
-
 def _fill(value, shape, layout):
   return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
@@ -273,7 +270,7 @@ def _kernel(
         @pl.when(i >= 2)
         def _():
           plgpu.barrier_wait(q_empty.at[slot])
-          frag.fence_async_proxy()
+          fence_async_proxy()
 
         plgpu.copy_gmem_to_smem(
           q_gmem.at[b, head], q_smem.at[slot], q_full.at[slot]
@@ -285,7 +282,7 @@ def _kernel(
           @pl.when(issued + j >= stages)
           def _():
             plgpu.barrier_wait(empty.at[stage])
-            frag.fence_async_proxy()
+            fence_async_proxy()
 
           token = (first + j) * block
           tokens = pl.ds(token, block)
@@ -324,10 +321,10 @@ def _kernel(
         b, head, split, first, count, length = span(i)
         slot = lax.rem(i, 2)
         plgpu.barrier_wait(q_full.at[slot])
-        q = _load(q_smem.at[slot], frag.queries(head_dim))
+        q = load(q_smem.at[slot], frag.queries(head_dim))
         q = q.astype(jnp.float32).astype(jnp.bfloat16)
         plgpu.barrier_arrive(q_empty.at[slot])
-        q_scale = _load(qs_gmem.at[b, head], frag.PER_ROW)
+        q_scale = load(qs_gmem.at[b, head], frag.PER_ROW)
         nothing = plgpu.layout_cast(
           jnp.zeros((block // k_row, 128), jnp.uint32),
           frag.key_words(head_dim),
@@ -340,12 +337,12 @@ def _kernel(
           index = mine + j * nc
           stage = lax.rem(done + index, stages)
           plgpu.barrier_wait(full.at[stage])
-          keys = _load(k_smem.at[stage], frag.key_words(head_dim))
+          keys = load(k_smem.at[stage], frag.key_words(head_dim))
           x = frag.key_products(keys, q)
           shape = x.shape
           x = x - bias
           per_token = lambda ref: _spread(
-            _load(ref.at[stage], frag.PER_TOKEN).astype(jnp.float32),
+            load(ref.at[stage], frag.PER_TOKEN).astype(jnp.float32),
             shape, 0, frag.SCORES,
           )  # fmt: skip
           x = x * per_token(ks_smem)
@@ -366,7 +363,7 @@ def _kernel(
           p = frag.to_bf16(p * per_token(vs_smem))
           p_sum = p_sum * decay + p.astype(jnp.float32)
           acc = acc * _spread(alpha, acc.shape, 0, frag.OUTPUTS)
-          values = _load(v_smem.at[stage], frag.value_words(head_dim))
+          values = load(v_smem.at[stage], frag.value_words(head_dim))
           acc = frag.value_products(acc, p, values)
           plgpu.barrier_arrive(empty.at[stage])
           return acc, m_new, l, p_sum
@@ -405,7 +402,7 @@ def _kernel(
         @pl.when(lax.rem(i, nc) == wg)
         def merge():
           part = lambda ref, p: ref.at[p // 4, pl.ds(p % 4 * _ROWS, _ROWS)]
-          stat = lambda ref, p: _load(part(ref, p), merged.reduce(1))
+          stat = lambda ref, p: load(part(ref, p), merged.reduce(1))
           top = functools.reduce(
             jnp.maximum, [stat(m_smem, p) for p in range(partials)]
           )
@@ -414,7 +411,7 @@ def _kernel(
           for p in range(partials):
             weight = jnp.exp2(stat(m_smem, p) - top)
             total = total + weight * stat(l_smem, p)
-            out = out + _load(part(o_smem, p), merged) * _spread(
+            out = out + load(part(o_smem, p), merged) * _spread(
               weight, out.shape, 0, merged
             )
           plgpu.barrier_arrive(merge_done)

@@ -28,8 +28,17 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm
+from jaxlib.mlir.dialects import arith, llvm
 
+from fireq_jax.pallas.inline import (
+  array,
+  assembly,
+  constant,
+  elements,
+  i32,
+  inline,
+  vector,
+)
 from fireq_jax.pallas.kv_layout import unpack_values, unpack_words
 
 BIAS = 136
@@ -94,7 +103,7 @@ def key_products(keys: jax.Array, q: jax.Array) -> jax.Array:
   words = head_dim // 8
   tokens = keys.shape[0] * 128 // words
 
-  def emit(_, keys, q):
+  def emit(keys, q):
     zero = arith.constant(ir.F32Type.get(), 0.0)
     b = {
       (w, i): _halves(q.registers[0, 0, 0, 0, w, 0], i)
@@ -104,7 +113,7 @@ def key_products(keys: jax.Array, q: jax.Array) -> jax.Array:
     out = np.empty(layout.registers_shape((tokens, ROWS)), dtype=object)
     for block, half in np.ndindex(tokens // TOKENS, 2):
       token_words = [
-        _elements(keys.registers[block, 0, 0, 0, 0, 0, 2 * half + i, 0, 0])
+        elements(keys.registers[block, 0, 0, 0, 0, 0, 2 * half + i, 0, 0])
         for i in range(2)
       ]
       c = [zero] * 4
@@ -113,21 +122,22 @@ def key_products(keys: jax.Array, q: jax.Array) -> jax.Array:
         a = [_pair(token[w], i) for i in nibbles for token in token_words]
         c = _mma(a, [b[w, i] for i in nibbles], c)
       for i in range(2):
-        out[block, 0, 0, 0, 0, 0, 2 * half + i, 0, 0] = _vector(
+        out[block, 0, 0, 0, 0, 0, 2 * half + i, 0, 0] = vector(
           c[2 * i : 2 * i + 2]
         )
-    return _array(out, layout)
+    return array(out, layout)
 
   def model(keys, q):
     codes = unpack_words(keys).reshape(tokens, head_dim)
     codes = codes.astype(jnp.float32) + float(BIAS)
     return codes @ q.astype(jnp.float32).T
 
-  emit.interpret_model = model
-  return plgpu.inline_mgpu(
+  return inline(
+    emit,
+    model,
     arg_types=(key_words(head_dim), queries(head_dim)),
     return_type=plgpu.ShapeDtypeStruct((tokens, ROWS), jnp.float32, SCORES),
-  )(emit)(keys, q)
+  )(keys, q)
 
 
 def value_products(
@@ -146,22 +156,22 @@ def value_products(
   tokens = p.shape[0]
   head_dim = acc.shape[1]
 
-  def emit(_, acc, p, values):
+  def emit(acc, p, values):
     # c[v, i][e]: channel 32v + 4g + e of query row 2t + i.
     c = {
-      (v, i): _elements(acc.registers[0, v, 0, 0, 0, 0, i, 0])
+      (v, i): elements(acc.registers[0, v, 0, 0, 0, 0, i, 0])
       for v, i in np.ndindex(head_dim // 32, 2)
     }
     for block in range(tokens // TOKENS):
       b = [
         _transpose_8x8(
-          mgpu.utils.bitcast(p.registers[block, 0, 0, 0, 0, 0, i, 0, 0], _i32())
+          mgpu.utils.bitcast(p.registers[block, 0, 0, 0, 0, 0, i, 0, 0], i32())
         )
         for i in range(4)
       ]
       for v, e in np.ndindex(head_dim // 32, 2):
         # Rows g and g + 8 of the product are channels 2e and 2e + 1 of a quad.
-        words = _elements(values.registers[block, 0, 0, 0, v, 0, 0])
+        words = elements(values.registers[block, 0, 0, 0, v, 0, 0])
         where = [((v, i), 2 * e + j) for j in range(2) for i in range(2)]
         d = [c[key][channel] for key, channel in where]
         for step in range(2):
@@ -172,8 +182,8 @@ def value_products(
           c[key][channel] = value
     out = np.empty_like(acc.registers)
     for (v, i), quad in c.items():
-      out[0, v, 0, 0, 0, 0, i, 0] = _vector(quad)
-    return _array(out, acc.layout)
+      out[0, v, 0, 0, 0, 0, i, 0] = vector(quad)
+    return array(out, acc.layout)
 
   def model(acc, p, values):
     p = p.astype(jnp.float32).reshape(-1, 4, 32, ROWS)
@@ -181,11 +191,12 @@ def value_products(
     codes = codes.reshape(-1, 4, 32, head_dim)
     return acc + jnp.einsum("bwsr,bwsh->wrh", p, codes).reshape(acc.shape)
 
-  emit.interpret_model = model
-  return plgpu.inline_mgpu(
+  return inline(
+    emit,
+    model,
     arg_types=(OUTPUTS, SCORES, value_words(head_dim)),
     return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, OUTPUTS),
-  )(emit)(acc, p, values)
+  )(acc, p, values)
 
 
 def warp_max(x: jax.Array) -> jax.Array:
@@ -198,46 +209,37 @@ def warp_sum(x: jax.Array) -> jax.Array:
   return _warp_reduce(x, arith.addf, jnp.sum)
 
 
-def _fence(_):
-  nvvm.fence_proxy(
-    nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta
-  )
-
-
-_fence.interpret_effect = "commit_smem"
-# Orders reads of shared memory before the copies that overwrite it.
-fence_async_proxy = plgpu.inline_mgpu()(_fence)
-
-
 def to_bf16(x: jax.Array) -> jax.Array:
   """Rounds f32 [tokens, ROWS] (`SCORES`) to bf16, two at a time."""
 
-  def emit(_, x):
+  def emit(x):
     out = np.empty_like(x.registers)
     pair = ir.VectorType.get((2,), ir.BF16Type.get())
     for index, register in np.ndenumerate(x.registers):
-      low, high = _elements(register)
-      bits = llvm.inline_asm(
-        _i32(), [high, low], "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f"
+      low, high = elements(register)
+      bits = assembly(
+        i32(), [high, low], "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f"
       )
       out[index] = mgpu.utils.bitcast(bits, pair)
-    return _array(out, x.layout)
+    return array(out, x.layout)
 
-  emit.interpret_model = lambda x: x.astype(jnp.bfloat16)
-  return plgpu.inline_mgpu(
+  meaning = lambda x: x.astype(jnp.bfloat16)
+  return inline(
+    emit,
+    meaning,
     arg_types=(SCORES,),
     return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.bfloat16, SCORES),
-  )(emit)(x)
+  )(x)
 
 
 def _warp_reduce(x, combine, model):
   tokens = x.shape[0]
 
-  def emit(_, x):
+  def emit(x):
     layout = _tiled(STATS)
     out = np.empty(layout.registers_shape((4 * ROWS,)), dtype=object)
     parts = [
-      _elements(x.registers[block, 0, 0, 0, 0, 0, i, 0, 0])
+      elements(x.registers[block, 0, 0, 0, 0, 0, i, 0, 0])
       for block, i in np.ndindex(tokens // TOKENS, 4)
     ]
     for row in range(2):
@@ -246,56 +248,50 @@ def _warp_reduce(x, combine, model):
         value = combine(value, part[row])
       for lane in (4, 8, 16):
         value = combine(value, mgpu.utils.shfl_bfly(value, lane))
-      out[_STAT_REGISTER[row]] = _vector([value])
-    return _array(out, layout)
+      out[_STAT_REGISTER[row]] = vector([value])
+    return array(out, layout)
 
-  emit.interpret_model = lambda x: model(
-    x.reshape(-1, 4, 32, ROWS), axis=(0, 2)
-  ).reshape(4 * ROWS)
-  return plgpu.inline_mgpu(
+  meaning = lambda x: model(x.reshape(-1, 4, 32, ROWS), axis=(0, 2)).reshape(
+    4 * ROWS
+  )
+  return inline(
+    emit,
+    meaning,
     arg_types=(SCORES,),
     return_type=plgpu.ShapeDtypeStruct((4 * ROWS,), jnp.float32, STATS),
-  )(emit)(x)
+  )(x)
 
 
 def to_scores(stats: jax.Array, tokens: int) -> jax.Array:
   """f32 [4 * ROWS] (`STATS`) -> [tokens, ROWS] (`SCORES`): each warp its own."""
 
-  def emit(_, stats):
+  def emit(stats):
     layout = _tiled(SCORES)
     out = np.empty(layout.registers_shape((tokens, ROWS)), dtype=object)
-    out[...] = _vector(
-      [_elements(stats.registers[i])[0] for i in _STAT_REGISTER]
-    )
-    return _array(out, layout)
+    out[...] = vector([elements(stats.registers[i])[0] for i in _STAT_REGISTER])
+    return array(out, layout)
 
-  emit.interpret_model = lambda x: jnp.broadcast_to(
+  meaning = lambda x: jnp.broadcast_to(
     x.reshape(1, 4, 1, ROWS), (tokens // TOKENS, 4, 32, ROWS)
   ).reshape(tokens, ROWS)
-  return plgpu.inline_mgpu(
+  return inline(
+    emit,
+    meaning,
     arg_types=(STATS,),
     return_type=plgpu.ShapeDtypeStruct((tokens, ROWS), jnp.float32, SCORES),
-  )(emit)(stats)
+  )(stats)
 
 
 # Registers of a `STATS` array: query rows 2t and 2t + 1.
 _STAT_REGISTER = ((0, 0, 0, 0, 0), (0, 0, 0, 1, 0))
 
 
-def _i32():
-  return ir.IntegerType.get_signless(32)
-
-
-def _constant(value):
-  return arith.constant(_i32(), ir.IntegerAttr.get(_i32(), value))
-
-
 def _pair(word, i):
   """Codes i and i + 4 of a word, plus 136, as two bf16 in an i32."""
   if i:
-    word = arith.shrui(word, _constant(4 * i))
-  return llvm.inline_asm(
-    _i32(),
+    word = arith.shrui(word, constant(4 * i))
+  return assembly(
+    i32(),
     [word],
     "lop3.b32 $0, $1, 0x000f000f, 0x43084308, 0x6a;",  # (a & b) ^ c
     "=r,r",
@@ -306,15 +302,15 @@ def _halves(octet, i):
   """Elements i and i + 4 of eight bf16, in an i32."""
   pair = llvm.mlir_undef(ir.VectorType.get((2,), ir.BF16Type.get()))
   for j in range(2):
-    value = llvm.extractelement(octet, _constant(i + 4 * j))
-    pair = llvm.insertelement(pair, value, _constant(j))
-  return mgpu.utils.bitcast(pair, _i32())
+    value = llvm.extractelement(octet, constant(i + 4 * j))
+    pair = llvm.insertelement(pair, value, constant(j))
+  return mgpu.utils.bitcast(pair, i32())
 
 
 def _mma(a, b, c):
   """m16n8k16: four i32 A, two i32 B, four f32 C -> four f32."""
   f32 = ir.F32Type.get()
-  out = llvm.inline_asm(
+  out = assembly(
     llvm.StructType.get_literal([f32] * 4),
     [*a, *b, *c],
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3},"
@@ -326,26 +322,8 @@ def _mma(a, b, c):
 
 def _transpose_8x8(x):
   """Transposes an 8 x 8 block of 16-bit values held by a warp."""
-  return llvm.inline_asm(
-    _i32(), [x], "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r"
-  )
-
-
-def _elements(v):
-  n = ir.VectorType(v.type).shape[0]
-  return [llvm.extractelement(v, _constant(i)) for i in range(n)]
-
-
-def _vector(values):
-  out = llvm.mlir_undef(ir.VectorType.get((len(values),), values[0].type))
-  for i, value in enumerate(values):
-    out = llvm.insertelement(out, value, _constant(i))
-  return out
-
-
-def _array(registers, layout):
-  return mgpu.FragmentedArray(
-    _registers=registers, _layout=layout, _is_signed=None
+  return assembly(
+    i32(), [x], "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r"
   )
 
 

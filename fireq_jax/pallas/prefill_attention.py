@@ -38,10 +38,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 from fireq_jax.config import check
-from fireq_jax.pallas import int4_fragments as frag
+from fireq_jax.pallas.inline import (
+  array,
+  assembly,
+  elements,
+  fence_async_proxy,
+  i32,
+  inline,
+  load,
+)
 
 _L = plgpu.Layout
 _ROW = _L.WGMMA.reduce(1)
@@ -79,10 +86,6 @@ class Tuning:
     check(self.stages >= 2, "prefill needs two stages or more", got=self.stages)
 
 
-def _load(ref, layout):
-  return plgpu.load(ref, (), layout=layout, optimized=False)
-
-
 def _iota(shape, axis, layout):
   return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
 
@@ -98,40 +101,38 @@ def _transforms(bits, minor):
 def _p_to_operand(p: jax.Array) -> jax.Array:
   """f32 accumulator [64, S] -> e4m3 A operand, tokens in `KV_ORDER`."""
 
-  def emit(_, p):
-    i32 = ir.IntegerType.get_signless(32)
-    quad = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
+  def emit(p):
+    bytes_of = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
+    e4m3 = ir.VectorType.get((4,), ir.Float8E4M3FNType.get())
     layout = mgpu.WGMMA_LAYOUT_8BIT
     out = np.empty(layout.registers_shape(p.shape), dtype=object)
     for index in np.ndindex(out.shape):
-      values = []
-      for half in range(2):
-        pair = p.registers[(index[0], 2 * index[1] + half, *index[2:])]
-        values += [llvm.extractelement(pair, mgpu.c(i, i32)) for i in range(2)]
-      word = llvm.inline_asm(
-        i32,
-        values,
+      pairs = [
+        p.registers[(index[0], 2 * index[1] + half, *index[2:])]
+        for half in range(2)
+      ]
+      word = assembly(
+        i32(),
+        [*elements(pairs[0]), *elements(pairs[1])],
         "{ .reg .b16 lo, hi;"
         " cvt.rn.satfinite.e4m3x2.f32 lo, $2, $1;"
         " cvt.rn.satfinite.e4m3x2.f32 hi, $4, $3;"
         " mov.b32 $0, {lo, hi}; }",
         "=r,f,f,f,f",
       )
-      out[index] = mgpu.utils.bitcast(
-        mgpu.utils.bitcast(word, quad),
-        ir.VectorType.get((4,), ir.Float8E4M3FNType.get()),
-      )
-    return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
+      out[index] = mgpu.utils.bitcast(mgpu.utils.bitcast(word, bytes_of), e4m3)
+    return array(out, layout)
 
   def model(p):
     blocks = p.reshape(p.shape[0], -1, 16)[..., KV_ORDER]
     return jnp.clip(blocks.reshape(p.shape), 0, 448).astype(_F8)
 
-  emit.interpret_model = model
-  return plgpu.inline_mgpu(
+  return inline(
+    emit,
+    model,
     arg_types=(_L.WGMMA,),
     return_type=plgpu.ShapeDtypeStruct(p.shape, _F8, _L.WGMMA_8BIT),
-  )(emit)(p)
+  )(p)
 
 
 def prefill_attention(
@@ -293,7 +294,7 @@ def _kernel(
           @pl.when(again)
           def _():
             plgpu.barrier_wait(k_empty.at[stage])
-            frag.fence_async_proxy()
+            fence_async_proxy()
 
           for source, target in (
             (k_gmem, k_smem), (ks_gmem, ks_smem), (vs_gmem, vs_smem)
@@ -366,14 +367,12 @@ def _kernel(
         @pl.when(mine > 0)
         def _():
           unit = unit_gmem[b, lax.div(head, group)]
-          scale = _load(qs_gmem.at[b, head, pl.ds(row, 64)], _ROW)
+          scale = load(qs_gmem.at[b, head, pl.ds(row, 64)], _ROW)
           by_row = lambda x, like: lax.broadcast_in_dim(x, like.shape, (0,))
           by_token = lambda x, like: lax.broadcast_in_dim(x, like.shape, (1,))
 
           def token_scales(stage):
-            return _load(ks_smem.at[stage], _COL), _load(
-              vs_smem.at[stage], _COL
-            )
+            return load(ks_smem.at[stage], _COL), load(vs_smem.at[stage], _COL)
 
           def softmax(x, j, m, l, scales, masked):
             k_scale, v_scale = scales

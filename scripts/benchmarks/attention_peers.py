@@ -52,7 +52,7 @@ def _cudnn(batch, context, new_tokens, q_heads, kv_heads, head_dim) -> float:
 
 
 def _torch(batch, context, new_tokens, q_heads, kv_heads, head_dim) -> float:
-  import torch
+  import torch  # pyrefly: ignore[missing-import]
 
   q, k, v = (
     torch.randn(batch, n, t, head_dim, device="cuda", dtype=torch.bfloat16)

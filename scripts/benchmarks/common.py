@@ -225,4 +225,6 @@ def device_us(
   sets = tuple(map(tuple, operand_sets))
   run = jax.jit(lambda sets: [function(*operands) for operands in sets])
   _, milliseconds = profiler.measure(run, iterations=repeats)(sets)
+  if not milliseconds:
+    raise ResourceError("the profiler saw no kernel")
   return statistics.median(milliseconds) / len(sets) * 1e3

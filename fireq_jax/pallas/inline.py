@@ -1,0 +1,88 @@
+"""Functions on registers inside kernels, with their meaning in plain JAX."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, nvvm
+
+_LOAD_NEEDS_INDEX = (
+  inspect.signature(plgpu.load).parameters["idx"].default
+  is inspect.Parameter.empty
+)
+
+
+def inline(
+  emit: Callable[..., Any],
+  model: Callable[..., Any],
+  *,
+  arg_types: tuple,
+  return_type: plgpu.ShapeDtypeStruct,
+) -> Callable[..., Any]:
+  """Returns a function on arrays in registers.
+
+  Args:
+    emit: builds its instructions from `FragmentedArray`s.
+    model: computes the same from `jax.Array`s; an interpreter of kernels
+      finds it as `interpret_model`.
+    arg_types: layouts of the arguments.
+    return_type: shape, dtype and layout of the result.
+  """
+  function = lambda _, *args: emit(*args)
+  function.interpret_model = model  # pyrefly: ignore[missing-attribute]
+  return plgpu.inline_mgpu(arg_types=arg_types, return_type=return_type)(
+    function
+  )
+
+
+def _fence(_):
+  nvvm.fence_proxy(
+    nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta
+  )
+
+
+_fence.interpret_effect = "commit_smem"  # pyrefly: ignore[missing-attribute]
+# Orders reads of shared memory before the copies that overwrite it.
+fence_async_proxy = plgpu.inline_mgpu()(_fence)
+
+
+def load(ref: Any, layout: Any) -> Any:
+  """Loads from shared or global memory without insisting on speed."""
+  # JAX 0.10 wants an index, later ones deprecate it.
+  index = ((),) if _LOAD_NEEDS_INDEX else ()
+  return plgpu.load(ref, *index, layout=layout, optimized=False)
+
+
+def i32() -> Any:
+  return ir.IntegerType.get_signless(32)
+
+
+def constant(value: int) -> Any:
+  return arith.constant(i32(), ir.IntegerAttr.get(i32(), value))
+
+
+def assembly(result: Any, operands: list, text: str, constraints: str) -> Any:
+  """One instruction, or a block of them, of PTX."""
+  return llvm.inline_asm(result, operands, text, constraints)
+
+
+def elements(register: Any) -> list:
+  """The elements of a register of a `FragmentedArray`, which is a vector."""
+  n = ir.VectorType(register.type).shape[0]
+  return [llvm.extractelement(register, constant(i)) for i in range(n)]
+
+
+def vector(values: list) -> Any:
+  out = llvm.mlir_undef(ir.VectorType.get((len(values),), values[0].type))
+  for i, value in enumerate(values):
+    out = llvm.insertelement(out, value, constant(i))
+  return out
+
+
+def array(registers: Any, layout: Any) -> mgpu.FragmentedArray:
+  return mgpu.FragmentedArray(
+    _registers=registers, _layout=layout, _is_signed=None
+  )
