@@ -10,6 +10,7 @@ from fireq_jax.attention import attention
 from fireq_jax.kv_cache import KeyValues
 from fireq_jax.pallas.kv_layout import unpack_values, unpack_words
 from fireq_jax.pallas.prefill_attention import KV_ORDER
+from fireq_jax.qtensor import round_e4m3
 
 
 def decode_attention(
@@ -47,15 +48,31 @@ def prefill_attention(
   counts: jax.Array,
 ) -> jax.Array:
   """Defines `pallas.prefill_attention.prefill_attention`."""
+  batch, length, n, head_dim = q.shape
+  tokens = k.shape[2]
   order = jnp.argsort(jnp.asarray(KV_ORDER))
-  blocks = v.reshape(*v.shape[:-1], -1, 16)
-  v = jnp.take(blocks, order, axis=-1).reshape(v.shape)
-  kv = KeyValues(
-    k=jnp.swapaxes(k, 1, 2),
-    v=jnp.moveaxis(v, 3, 1),
-    k_scale=jnp.swapaxes(k_scale, 1, 2),
-    v_scale=jnp.swapaxes(v_scale, 1, 2),
-  )
-  return attention(
-    q, q_scale, kv, starts=starts, counts=counts, out_dtype=jnp.bfloat16
-  )
+  v = jnp.take(v.reshape(*v.shape[:-1], -1, 16), order, axis=-1)
+  group = n // k.shape[1]
+  of_query = lambda x: jnp.repeat(x.astype(jnp.float32), group, axis=1)
+  k, v = of_query(k), of_query(v.reshape(*v.shape[:-2], tokens))
+  k_scale, v_scale = of_query(k_scale), of_query(v_scale)
+
+  scores = jnp.einsum("btnh,bnsh->bnts", q.astype(jnp.float32), k)
+  scores *= jnp.swapaxes(q_scale, 1, 2)[..., None] * head_dim**-0.5
+  scores *= k_scale[:, :, None]
+  token = jnp.arange(tokens, dtype=jnp.int32)
+  query = jnp.arange(length, dtype=jnp.int32)
+  visible = token <= starts[:, None, None] + query[:, None]
+  visible &= (query < counts[:, None])[..., None]
+  visible = visible[:, None]
+
+  peak = jnp.max(scores, axis=-1, keepdims=True, where=visible, initial=-1e30)
+  p = jnp.where(visible, jnp.exp(scores - peak), 0.0)
+  held = token < (starts + counts)[:, None, None]
+  largest = jnp.max(v_scale, axis=-1, where=held, initial=1e-30)
+  c = (448 / largest)[..., None]
+  rounded = round_e4m3(p * (v_scale * c)[:, :, None])
+  out = jnp.einsum("bnts,bnhs->btnh", rounded, v)
+  total = jnp.sum(p, axis=-1) * c
+  total = jnp.swapaxes(jnp.where(total > 0, total, 1.0), 1, 2)
+  return (out / total[..., None]).astype(jnp.bfloat16)
