@@ -3,7 +3,7 @@
 The only place that knows how a projection's weight is held.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +103,7 @@ def _packed(x, w, residual, dtype, out_dtype, implementation):
   else:
     codes = rows(x).astype(dtype)
   args = codes, w, scale
-  options = {
+  options: dict[str, Any] = {
     "operand": None if residual is None else rows(residual),
     "epilogue": "linear" if residual is None else "add",
     "out_dtype": out_dtype,

@@ -13,6 +13,7 @@ from fireq_jax.qtensor import Activation, QTensor, unpack_int4
 Encoding = Literal["sign_magnitude", "twos_complement", "biased"]
 
 BLOCK = 128  # codes along C that are copied and multiplied together
+ROWS = 64  # rows of a tensor core instruction
 
 
 @flax.struct.dataclass

@@ -42,7 +42,7 @@ def define_flags(values: flags.FlagValues) -> None:
   )
   flags.DEFINE_list(
     "tokens",
-    [1, 16, 64, 128, 256, 1024, 4096],
+    "1 16 64 128 256 1024 4096".split(),
     "Rows of x.",
     flag_values=values,
   )
@@ -184,7 +184,7 @@ def _naive_int4(codes, scale, x):
 
 def _torch_fp8(n, k, m):
   try:
-    import torch
+    import torch  # pyrefly: ignore[missing-import]
   except ImportError:
     return {}
   make = lambda *shape: torch.randn(
