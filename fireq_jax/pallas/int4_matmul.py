@@ -147,8 +147,8 @@ def supported(
       f"epilogue {epilogue} with operand {operand is not None}",
     ),
     (
-      not w.gated or epilogue == "linear",
-      f"epilogue {epilogue} after a gated matmul",
+      not w.gated or (epilogue == "linear" and bias is None),
+      f"epilogue {epilogue} or a bias of a gated matmul",
     ),
   ):
     if not ok:

@@ -101,8 +101,8 @@ def measure(
 def _int4(n, k, m, mode):
   """Microseconds, and the error against f32 of the same operands."""
   scale = jnp.bfloat16 if mode in ("bf16", "w4a16") else jnp.float8_e4m3fn
-  count = _copies(n * k / 2)
-  weights = [_weight(i, n, k, scale, mode) for i in range(count)]
+  count = copies(n * k / 2)
+  weights = [weight(i, n, k, scale, mode) for i in range(count)]
   x = jax.random.normal(jax.random.key(0), (m, k), jnp.bfloat16)
   x_scale = None
   if mode != "w4a16":
@@ -115,7 +115,7 @@ def _int4(n, k, m, mode):
   return us, _error(call(weights[0], x, x_scale), weights[0], x, x_scale)
 
 
-def _weight(seed, n, k, scale, mode):
+def weight(seed, n, k, scale, mode):
   keys = jax.random.split(jax.random.key(seed), 2)
   encoding = "biased" if mode == "w4a16" else "sign_magnitude"
   group_scale = jax.random.uniform(
@@ -158,7 +158,7 @@ def _baselines(n, k, m):
   if m <= 1024:
     weights = [
       jax.random.normal(jax.random.key(i), (k, n), jnp.bfloat16)
-      for i in range(_copies(2 * n * k))
+      for i in range(copies(2 * n * k))
     ]
     call = jax.jit(lambda w, x: x @ w)
     results["xla_bf16"] = device_us(call, [(w, x) for w in weights])
@@ -169,7 +169,7 @@ def _baselines(n, k, m):
         jax.random.bits(jax.random.key(i), (n, k // 2), jnp.uint8),
         jnp.ones((n, k // 128), jnp.bfloat16),
       )
-      for i in range(_copies(n * k / 2))
+      for i in range(copies(n * k / 2))
     ]
     call = jax.jit(_naive_int4)
     results["xla_int4"] = device_us(call, [(*w, x) for w in packed])
@@ -192,7 +192,7 @@ def _torch_fp8(n, k, m):
   ).to(torch.float8_e4m3fn)
   ones = lambda *shape: torch.ones(shape, device="cuda")
   x = make(m, k)
-  weights = [make(n, k) for _ in range(_copies(n * k))]
+  weights = [make(n, k) for _ in range(copies(n * k))]
   results = {}
   for name, scales in (
     ("fp8_tensorwise", (ones(), ones())),
@@ -210,7 +210,7 @@ def _torch_fp8(n, k, m):
   return results
 
 
-def _copies(size: float) -> int:
+def copies(size: float) -> int:
   return max(2, round(_ROTATED_BYTES / size))
 
 

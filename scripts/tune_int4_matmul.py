@@ -1,0 +1,67 @@
+"""Measures the tiles of fireq_jax/pallas/tunings.json again, on this card.
+
+Usage: python scripts/tune_int4_matmul.py >fireq_jax/pallas/tunings.json
+
+Each tuning runs on a weight that gives every CTA the same number of tiles, so
+that its time is a constant for the call and a cost for each block of 128
+columns.
+"""
+
+import datetime
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+from benchmarks import gemm
+
+from fireq_jax import cli
+from fireq_jax.pallas import tunings
+from fireq_jax.pallas.int4_matmul import int4_matmul
+from fireq_jax.qtensor import quantize_e4m3
+
+MODES = {"e4m3": "e4m3", "exact": "bf16", "bf16": "w4a16"}
+CALL_US = 2.5
+WIDTH = 4096
+TILES = 2  # of a CTA
+
+
+def main() -> int:
+  rows = []
+  for tuning, known in tunings.table():
+    n = tuning.rows * tuning.ctas * TILES
+    ns = {}
+    for mode in known:
+      us = _us(tuning, n, MODES[mode])
+      ns[mode] = round(1e3 * (us - CALL_US) / (TILES * WIDTH / 128))
+    names = ("tile_t", "rows", "stages", "blocks", "interleave")
+    rows.append({name: getattr(tuning, name) for name in names} | {"ns": ns})
+    print(rows[-1], file=sys.stderr)
+  table = {
+    "card": jax.devices()[0].device_kind,
+    "date": datetime.date.today().isoformat(),
+    "command": "python scripts/tune_int4_matmul.py",
+    "rows": rows,
+  }
+  print(json.dumps(table, indent=1))
+  return 0
+
+
+def _us(tuning, n, mode):
+  scale = jnp.float8_e4m3fn if mode == "e4m3" else jnp.bfloat16
+  weights = [
+    gemm.weight(i, n, WIDTH, scale, mode)
+    for i in range(gemm.copies(n * WIDTH / 2))
+  ]
+  x = jax.random.normal(jax.random.key(0), (tuning.tile_t, WIDTH), jnp.bfloat16)
+  x_scale = None
+  if mode != "w4a16":
+    x, x_scale = quantize_e4m3(x)
+  call = jax.jit(
+    lambda w, x, x_scale: int4_matmul(x, w, x_scale, tuning=tuning)
+  )
+  return gemm.device_us(call, [(w, x, x_scale) for w in weights])
+
+
+if __name__ == "__main__":
+  cli.leave(main())
