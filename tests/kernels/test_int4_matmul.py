@@ -1,7 +1,6 @@
 """INT4 matmul: the reference against NumPy, the kernel against the reference."""
 
 import importlib.util
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -254,9 +253,9 @@ def test_every_shipped_tuning_compiles_without_spills(tmp_path, monkeypatch):
   monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
 
   cases = [
-    (shapes(t=tuning.tile_t, n=rows, c=1024, mode=mode), tuning)
+    (shapes(t=tuning.tile_t, n=192, c=1024, mode=mode), tuning)
     for tuning, ns in tunings.table()
-    for mode, rows in itertools.product(ns, [128 if tuning.rows != 48 else 96])
+    for mode in ns
   ]
   cases += [
     (shapes(t=t, n=256, c=1024, mode="e4m3", gated=True), tuning)
