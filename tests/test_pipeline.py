@@ -98,6 +98,20 @@ def test_the_reported_error_is_that_of_the_weights():
     assert report.weight_error == pytest.approx((miss / total) ** 0.5, rel=1e-4)
 
 
+def test_gptq_brings_logits_closer_on_calibration_data():
+  plain = Recipe(
+    name="plain",
+    weight=WeightFormat(activation="bf16"),
+    solver=Solver(scale="search"),
+  )
+  corrected = dataclasses.replace(
+    plain, solver=Solver(scale="search", gptq=True)
+  )
+  want = logits(PARAMS)
+  distance = lambda recipe: np.square(logits(quantize(recipe)) - want).mean()
+  assert distance(corrected) < 0.5 * distance(plain)
+
+
 def test_the_same_data_gives_the_same_bytes():
   recipe = RECIPES["best"]
   jax.tree.map(
