@@ -44,7 +44,7 @@ def _fence(_):
   )
 
 
-_fence.interpret_effect = "commit_smem"  # pyrefly: ignore[missing-attribute]
+_fence.kind = "fence"  # pyrefly: ignore[missing-attribute]
 # Orders reads of shared memory before the copies that overwrite it.
 fence_async_proxy = plgpu.inline_mgpu()(_fence)
 

@@ -157,6 +157,10 @@ def _wgmma_wait(interpreter, eqn, token, _):
 
 def _inline(interpreter, eqn, token, values):
   emit = eqn.params["mgpu_fn"]
+  if hasattr(emit, "interpret_model"):
+    tree = eqn.params["pytree_args"]
+    args = jax.tree.unflatten(tree, values[: tree.num_leaves])
+    return token, jax.tree.leaves(emit.interpret_model(*args))
   if emit.kind == "fence":
     commit = functools.partial(
       gpu_callbacks.commit_smem, source_info=eqn.source_info
@@ -171,6 +175,23 @@ def _inline(interpreter, eqn, token, values):
     return token, []
   assert emit.kind == "dequantize"
   return token, [dequantize(values[0], values[1:], emit.encoding)]
+
+
+def _accumulator_store(interpreter, eqn, token, values):
+  key, value = values
+  token, _ = gpu_callbacks.call_swap(
+    token=token,
+    result_shape_and_dtype=jax.ShapeDtypeStruct(value.shape, value.dtype),
+    mesh_location=interpreter.mesh_location,
+    thread=interpreter.thread,
+    allocation_key_as_array=key,
+    transforms=(),
+    val=value,
+    mask=None,
+    source_info=eqn.source_info,
+  )
+  unused = eqn.outvars[0].aval
+  return token, [jnp.zeros(unused.shape, unused.dtype)]
 
 
 def dequantize(words, scales, encoding):
@@ -206,6 +227,7 @@ def dequantize(words, scales, encoding):
 _RULES = {
   primitives.wgmma_wait_p: _wgmma_wait,
   primitives.inline_mgpu_p: _inline,
+  primitives.wgmma_accumulator_store_p: _accumulator_store,
 }
 
 

@@ -1,7 +1,10 @@
-"""Attention kernels lower for CUDA without a GPU: shapes, layouts, memory."""
+"""Attention kernels without a GPU: interpreted, lowered, compiled."""
+
+import importlib.util
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from fireq_jax.errors import ConfigError
@@ -124,3 +127,102 @@ def test_best_splits_fills_the_card():
   assert decode_attention.best_splits(512, 64, 132) == 1
   assert 8 * decode_attention.best_splits(8, 512, 132) in range(120, 133)
   assert decode_attention.best_splits(1, 1, 132) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  importlib.util.find_spec("jax_cuda13_plugin") is None,
+  reason="needs jax-cuda13-plugin to compile for a GPU (no GPU)",
+)
+def test_kernels_compile_without_spills(tmp_path, monkeypatch):
+  import deviceless
+
+  monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+  decode, prefill = (
+    decode_attention.decode_attention,
+    prefill_attention.prefill_attention,
+  )
+  reports = deviceless.compile_all(
+    [
+      (decode, decode_operands(64, 1, 32, 8, 128, 8192)),
+      (decode, decode_operands(1, 4, 32, 8, 64, 65536, query=BF16)),
+      (prefill, prefill_operands(1, 4096, 32, 8, 128, 4096)),
+      (prefill, prefill_operands(2, 300, 8, 8, 64, 512)),
+    ],
+    tmp_path,
+  )
+  assert len(reports) == 4
+  for report in reports:
+    assert report.spilled_bytes == 0 and not report.serialised_wgmma
+
+
+def interpreter():
+  if jax.__version__ != "0.11.2":
+    pytest.skip("interprets kernels with jax 0.11.2 only")
+  import mosaic_interpreter
+
+  return mosaic_interpreter
+
+
+def random(shape, seed, low, high, dtype):
+  values = np.random.default_rng(seed).uniform(low, high, shape)
+  return jnp.asarray(values, F32).astype(dtype)
+
+
+def close(got, want, tolerance):
+  got, want = (np.asarray(x, np.float64) for x in (got, want))
+  return np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize(
+  "head_dim, queries, starts, splits",
+  [(128, 1, [130], 1), (64, 3, [5, 200], 2)],
+)
+def test_interpreted_decode(head_dim, queries, starts, splits):
+  mosaic_interpreter = interpreter()
+  batch, tokens = len(starts), 272
+  bits = lambda seed, *shape: jnp.asarray(
+    np.random.default_rng(seed).integers(0, 2**32, shape, np.uint32)
+  )
+  values = kv_layout.values_shape(tokens, head_dim)
+  operands = (
+    random((batch, queries, 4, head_dim), 0, -100, 100, E4M3),
+    random((batch, queries, 4), 1, 0.02, 0.03, F32),
+    bits(2, batch, 1, tokens, head_dim // 8),
+    random((batch, 1, tokens), 3, 0.05, 0.15, BF16),
+    bits(4, batch, 1, *values),
+    random((batch, 1, tokens), 5, 0.05, 0.15, BF16),
+    jnp.asarray(starts, jnp.int32),
+  )
+  tuning = decode_attention.Tuning(consumers=2, stages=2, splits=splits, ctas=1)
+  want = reference_attention.decode_attention(*operands)
+  with mosaic_interpreter.interpret() as races:
+    got = decode_attention.decode_attention(*operands, tuning=tuning)
+    assert not races()
+  assert close(got, want, 4e-3)
+
+
+def test_interpreted_prefill():
+  """Two ragged rows, one that continues a cache; padding gives zeros."""
+  mosaic_interpreter = interpreter()
+  k, v = (
+    jnp.asarray(np.random.default_rng(seed).integers(-7, 8, (2, 256, 1, 64)))
+    for seed in (0, 1)
+  )
+  scale = lambda seed: random((2, 256, 1), seed, 0.05, 0.15, F32)
+  operands = (
+    random((2, 70, 2, 64), 2, -100, 100, E4M3),
+    random((2, 70, 2), 3, 0.02, 0.03, F32),
+    *prefill_attention.prefill_operands(
+      k.astype(jnp.int8), scale(4), v.astype(jnp.int8), scale(5)
+    ),
+    jnp.array([130, 0], jnp.int32),
+    jnp.array([70, 3], jnp.int32),
+  )
+  tuning = prefill_attention.Tuning(stages=2, ctas=1)
+  want = reference_attention.prefill_attention(*operands)
+  with mosaic_interpreter.interpret() as races:
+    got = prefill_attention.prefill_attention(*operands, tuning=tuning)
+    assert not races()
+  assert close(got, want, 1e-2)
+  assert not np.asarray(got, np.float32)[1, 3:].any()
