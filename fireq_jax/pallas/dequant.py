@@ -36,7 +36,6 @@ from fireq_jax.pallas.layouts import Encoding
 _A8 = plgpu.Layout.WGMMA_8BIT
 _A16 = plgpu.Layout.WGMMA
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
-_CHUNK = 32  # codes along C behind each group of words
 CODES = {
   "sign_magnitude": ((0, 1, 2, 3, 4, 5, 6, 7),),
   "twos_complement": (

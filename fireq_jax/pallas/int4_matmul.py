@@ -183,6 +183,7 @@ def int4_matmul(
 
   Raises:
     NotImplementedError: the kernel cannot run this; see `supported`.
+    ConfigError: the tuning is not one for this weight.
   """
   supported(
     x,
@@ -192,6 +193,13 @@ def int4_matmul(
     operand=operand,
     epilogue=epilogue,
     out_dtype=out_dtype,
+  )
+  n = w.shape[0]
+  check(
+    tuning.rows == 2 * ROWS
+    or (not w.gated and (tuning.rows == ROWS or n % tuning.rows == 0)),
+    "rows of a tuning do not fit the weight",
+    got=f"{tuning.rows} for {n}, gated {w.gated}",
   )
   t = x.shape[0]
   # A TMA descriptor wants whole tiles of 8 tokens, or fewer than 8 tokens.

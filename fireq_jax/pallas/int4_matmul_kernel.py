@@ -17,7 +17,9 @@ _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 _BY_TOKEN = plgpu.Layout.WGMMA.reduce(0)
 _SCALE_ROWS = 2 * ROWS  # copied for any tile, for the sake of alignment
 _TMA_ALIGNMENT = 128
-REGISTERS = {1: (232, 40), 2: (232, 40), 4: (112, 32)}  # by consumers
+# Of a consumer's and the producer's threads, by consumers. Together they may
+# not exceed what a CTA starts with, 504 or 480 a lane: the kernel would hang.
+REGISTERS = {1: (232, 40), 2: (232, 40), 4: (112, 32)}
 
 
 class Kernel:
@@ -357,8 +359,10 @@ class Kernel:
     )
 
   def output_tile(self, name, row, token):
+    # 64 rows, of which TMA takes those held; a static slice would be refused.
+    rows = pl.ds(row * 0, ROWS)
     return self.gmem[name].at[
-      pl.ds(token, self.piece), lax.div(row, self.held), pl.ds(row * 0, ROWS)
+      pl.ds(token, self.piece), lax.div(row, self.held), rows
     ]
 
   def finish(self, sums, group, row_tile, row, token, before):

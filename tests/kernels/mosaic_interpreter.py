@@ -113,7 +113,8 @@ def _wgmma(
   def multiply():
     b = read(operands[0]).astype(np.float32)
     a = a_registers if a_registers.ndim == 2 else read(operands[1])
-    total = read(acc) + a.astype(np.float32) @ b
+    with np.errstate(invalid="ignore"):  # rows that nobody loads are NaN
+      total = read(acc) + a.astype(np.float32) @ b
     memory.store_buffer_content(
       *acc, total, thread, increment_clock=False, logging_info=where
     )

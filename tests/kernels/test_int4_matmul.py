@@ -152,6 +152,13 @@ def test_impossible_tunings_are_refused(changes):
     Tuning(**{"tile_t": 8, "stages": 4, **changes})
 
 
+def test_a_tuning_for_other_weights_is_refused():
+  (x, w, x_scale), _ = problem(np.random.default_rng(9), 128, 128, 8)
+  tuning = Tuning(tile_t=8, stages=4, rows=48)
+  with pytest.raises(ConfigError, match="do not fit"):
+    int4_matmul(x, w, x_scale, tuning=tuning)
+
+
 # The kernel, thread by thread on the CPU.
 
 
