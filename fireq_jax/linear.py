@@ -52,7 +52,8 @@ def linear(
       gated gives silu(gate) * up of its two projections.
     norm: applied to x first.
     residual: [..., N], added before the result is rounded.
-    implementation: "mosaic_gpu" for the Hopper kernel, "xla" for plain JAX.
+    implementation: of a quantised projection: "mosaic_gpu" for the Hopper
+      kernel, "xla" for plain JAX. A float one is always plain JAX.
     out_dtype: dtype of the result, that of x by default.
 
   Returns:
