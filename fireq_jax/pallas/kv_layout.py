@@ -15,9 +15,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 BLOCK = 32  # tokens of a block of V words
 _OCTET = 8  # codes of a word
+# Position 4t + j of 16 tokens holds token 2t + j, or 8 + 2t + j - 2 from j = 2.
+KV_ORDER = np.array(
+  [2 * t + j if j < 2 else 6 + 2 * t + j for t in range(4) for j in range(4)]
+)
 
 
 def values_shape(tokens: int, head_dim: int) -> tuple[int, int, int]:
@@ -108,6 +113,23 @@ def append_values(
   merged = (old & ~mask) | (new & mask)
   split = split.at[index].set(merged, mode="drop", unique_indices=True)
   return split.reshape(words.shape)
+
+
+def prefill_operands(
+  k: jax.Array, k_scale: jax.Array, v: jax.Array, v_scale: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Codes [B, S, K, H], scales [B, S, K] -> operands of `prefill_attention`.
+
+  Tokens are padded to a multiple of 128 with zeros.
+  """
+  padding = -k.shape[1] % 128
+  pad = lambda x: jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+  k = jnp.swapaxes(pad(k), 1, 2).astype(jnp.float8_e4m3fn)
+  v = jnp.moveaxis(pad(v), 1, 3)
+  blocks = v.reshape(*v.shape[:-1], -1, 16)
+  v = jnp.take(blocks, jnp.asarray(KV_ORDER), axis=-1).reshape(v.shape)
+  scale = lambda x: jnp.swapaxes(pad(x), 1, 2).astype(jnp.float32)
+  return k, scale(k_scale), v.astype(jnp.float8_e4m3fn), scale(v_scale)
 
 
 def _shifts() -> jax.Array:

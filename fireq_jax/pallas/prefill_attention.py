@@ -49,6 +49,7 @@ from fireq_jax.pallas.inline import (
   inline,
   load,
 )
+from fireq_jax.pallas.kv_layout import KV_ORDER
 
 _L = plgpu.Layout
 _ROW = _L.WGMMA.reduce(1)
@@ -56,11 +57,6 @@ _COL = _L.WGMMA.reduce(0)
 _F8 = jnp.float8_e4m3fn
 _NEVER = -1e30  # a maximum below every score, finite so that differences are
 _ROWS = 128  # query rows of an item: 64 a consumer
-
-# Position 4t + j of 16 tokens holds token 2t + j, or 8 + 2t + j - 2 from j = 2.
-KV_ORDER = np.array(
-  [2 * t + j if j < 2 else 6 + 2 * t + j for t in range(4) for j in range(4)]
-)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,23 +188,6 @@ def prefill_attention(
     tuning=tuning or Tuning(),
   )
   return out[:, :length]
-
-
-def prefill_operands(
-  k: jax.Array, k_scale: jax.Array, v: jax.Array, v_scale: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Codes [B, S, K, H] and scales [B, S, K] as `prefill_attention` takes them.
-
-  Tokens are padded to a multiple of 128 with zeros.
-  """
-  padding = -k.shape[1] % 128
-  pad = lambda x: jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-  k = jnp.swapaxes(pad(k), 1, 2).astype(_F8)
-  v = jnp.moveaxis(pad(v), 1, 3)
-  blocks = v.reshape(*v.shape[:-1], -1, 16)
-  v = jnp.take(blocks, jnp.asarray(KV_ORDER), axis=-1).reshape(v.shape)
-  scale = lambda x: jnp.swapaxes(pad(x), 1, 2).astype(jnp.float32)
-  return k, scale(k_scale), v.astype(_F8), scale(v_scale)
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 
 from fireq_jax.attention import attention
 from fireq_jax.kv_cache import KeyValues
-from fireq_jax.pallas.kv_layout import unpack_values, unpack_words
-from fireq_jax.pallas.prefill_attention import KV_ORDER
+from fireq_jax.pallas.kv_layout import KV_ORDER, unpack_values, unpack_words
 from fireq_jax.qtensor import round_e4m3
 
 

@@ -15,6 +15,7 @@ from benchmarks.common import device_us, isolated
 from fireq_jax import kv_cache
 from fireq_jax.attention import attention
 from fireq_jax.config import KVFormat, LlamaConfig, RopeConfig
+from fireq_jax.pallas import kv_layout
 from fireq_jax.pallas import prefill_attention as prefill
 from fireq_jax.qtensor import quantize_e4m3
 
@@ -75,7 +76,7 @@ def _measure(batch, seq, q_heads, kv_heads, head_dim) -> dict:
   scales = lambda key: jax.random.uniform(key, k.shape[:3], minval=0.05)
   operands = (
     *quantize_e4m3(q),
-    *prefill.prefill_operands(
+    *kv_layout.prefill_operands(
       codes(keys[0]), scales(keys[1]), codes(keys[2]), scales(keys[0])
     ),
     starts,

@@ -117,7 +117,7 @@ def test_prefill(head_dim, heads, length):
   operands = (
     q,
     q_scale,
-    *prefill_attention.prefill_operands(k, k_scale, v, v_scale),
+    *kv_layout.prefill_operands(k, k_scale, v, v_scale),
     jnp.asarray(starts, jnp.int32),
     jnp.asarray(counts, jnp.int32),
   )
@@ -134,7 +134,7 @@ def test_prefill(head_dim, heads, length):
 def test_prefill_in_chunks_equals_prefill_at_once():
   head_dim, tokens = 128, 384
   k, k_scale, v, v_scale = codes_and_scales(3, 1, tokens, 2, head_dim)
-  held = prefill_attention.prefill_operands(k, k_scale, v, v_scale)
+  held = kv_layout.prefill_operands(k, k_scale, v, v_scale)
   shape = (1, tokens, 8, head_dim)
   q, q_scale = quantize_e4m3(jax.random.normal(jax.random.key(9), shape))
   attend = lambda first, last: prefill_attention.prefill_attention(

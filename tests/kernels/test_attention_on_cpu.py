@@ -213,7 +213,7 @@ def test_interpreted_prefill():
   operands = (
     random((2, 70, 2, 64), 2, -100, 100, E4M3),
     random((2, 70, 2), 3, 0.02, 0.03, F32),
-    *prefill_attention.prefill_operands(
+    *kv_layout.prefill_operands(
       k.astype(jnp.int8), scale(4), v.astype(jnp.int8), scale(5)
     ),
     jnp.array([130, 0], jnp.int32),

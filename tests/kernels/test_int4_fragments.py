@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from fireq_jax.pallas import int4_fragments as fragments
-from fireq_jax.pallas import kv_layout
 
 
 def held_by_threads(layout, shape):
@@ -23,19 +22,7 @@ def held_by_threads(layout, shape):
     inner = range(keep + 1, x.ndim, 2)
     x = x.transpose(*range(keep), *outer, *inner)
 
-  def pull(x, dims, count):
-    """Moves dims to one leading axis of `count`."""
-    real = [d for d in dims if isinstance(d, int)]
-    x = np.moveaxis(x, real, range(len(real)))
-    rest = x.shape[len(real) :]
-    x = x.reshape(-1, *rest)
-    return np.broadcast_to(x, (count, *rest)) if len(x) == 1 else x
-
-  rank = x.ndim
-  order = [d for d in range(-rank, 0)]
-  x = np.moveaxis(x, layout.vector_dim, -1)
-  taken = [*layout.warp_dims, *layout.lane_dims]
-  assert layout.vector_dim == -1 and all(d in order or True for d in taken)
+  assert layout.vector_dim == -1
   warp = [d for d in layout.warp_dims if isinstance(d, int)]
   lane = [d for d in layout.lane_dims if isinstance(d, int)]
   x = np.moveaxis(x, [*warp, *lane], range(len(warp) + len(lane)))
@@ -45,10 +32,6 @@ def held_by_threads(layout, shape):
   x = np.broadcast_to(x, (4, *x.shape[1:]))
   assert x.shape[1] == 32
   return x.reshape(4, 8, 4, -1, sizes[-1])
-
-
-def test_pull_is_not_needed():
-  assert held_by_threads(fragments.SCORES, (128, 8)).shape == (4, 8, 4, 4, 2)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -66,10 +49,6 @@ def test_value_words(head_dim):
   held = held_by_threads(
     fragments.value_words(head_dim), (8, head_dim // 32, 128)
   )
-  words = np.asarray(
-    kv_layout.unpack_values(np.zeros((8, head_dim // 32, 128), np.uint32)).shape
-  )
-  assert tuple(words) == (256, head_dim)
   for w, g, t, register, e in np.ndindex(held.shape):
     block, v = divmod(register, head_dim // 32)
     # Word 16 (channel // 4) + 4 t + channel % 4 of a block of 32 tokens.
