@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 import bench
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from benchmarks import common
@@ -80,19 +79,3 @@ def test_isolated():
     common.isolated(divmod, 7, 0, timeout_s=60)
   with pytest.raises(ResourceError, match="longer than 1 s"):
     common.isolated(time.sleep, 1000, timeout_s=1)
-
-
-def test_median_us_grows_with_the_work():
-  def repeat(times):
-    def work(x, y):
-      for _ in range(times):
-        x = jnp.tanh(x @ y)
-      return x
-
-    return work
-
-  sets = [(jnp.full((256, 256), i), jnp.eye(256)) for i in (0.1, 0.2)]
-  once, ten = (
-    common.median_us(repeat(n), sets, inner=3, repeats=5) for n in (1, 10)
-  )
-  assert ten > 3 * once

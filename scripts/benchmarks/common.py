@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -173,42 +172,6 @@ def _send_result(sender, function, args, kwargs) -> None:
   sender.send(result)
 
 
-def median_us(
-  function: Callable[..., Any],
-  operand_sets: Sequence[tuple],
-  *,
-  inner: int = 20,
-  repeats: int = 11,
-) -> float:
-  """Median device time of one `function(*operands)`, in microseconds.
-
-  One jitted loop makes `inner` passes over `operand_sets`, so launch cost is
-  hidden; pass sets that together exceed the L2 (200 MB is ample) to measure
-  from memory. Barriers keep XLA from hoisting or dropping a call.
-  """
-
-  def one_pass(_, carry):
-    sets, out = carry
-    for operands in sets:
-      operands, _ = jax.lax.optimization_barrier((operands, out))
-      out = function(*operands)
-    return sets, out
-
-  @jax.jit
-  def many(sets):
-    out = function(*sets[0])
-    return jax.lax.fori_loop(0, inner, one_pass, (sets, out))[1]
-
-  sets = tuple(map(tuple, operand_sets))
-  jax.block_until_ready(many(sets))
-  samples = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    jax.block_until_ready(many(sets))
-    samples.append(time.perf_counter() - start)
-  return statistics.median(samples) / (inner * len(sets) + 1) * 1e6
-
-
 def device_us(
   function: Callable[..., Any],
   operand_sets: Sequence[tuple],
@@ -217,8 +180,9 @@ def device_us(
 ) -> float:
   """Median time of the kernels of one `function(*operands)`, in microseconds.
 
-  Read by the profiler, so without the gaps between kernels. Operand sets are
-  used in turn, as in `median_us`.
+  Read by the profiler, so without the gaps between kernels. The sets are used
+  in turn: pass such that together exceed the L2 (200 MB is ample) to measure
+  from memory.
   """
   from jax.experimental.mosaic.gpu import profiler
 
