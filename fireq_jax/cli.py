@@ -64,11 +64,13 @@ def run(
 
 
 def leave(code: int) -> NoReturn:
-  """Ends the process with what `run` returned.
+  """Ends the process with what `run` returned; it is too late to interrupt it.
 
   After an interrupt the interpreter is not torn down: compilations that were
   cut short make XLA crash there, which would hide the exit code.
   """
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
   if code in (130, 143):
     sys.stdout.flush()
     sys.stderr.flush()
