@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fireq_jax.config import check
-from fireq_jax.qtensor import code_values
+from fireq_jax.qtensor import code_values, round_bf16
 
 
 def nearest_codes(
@@ -79,7 +79,10 @@ def search_scales(
       byte = jnp.clip(byte + 3 - i, 1, 0x7E).astype(jnp.uint8)
       return jax.lax.bitcast_convert_type(byte, jnp.float8_e4m3fn)
     ratio = 1.075 - 0.025 * i.astype(jnp.float32)
-    return (start * ratio).astype(scale_dtype)
+    scale = start * ratio
+    if scale_dtype == jnp.bfloat16:
+      scale = round_bf16(scale)  # a cast there and back may be dropped
+    return scale.astype(scale_dtype)
 
   def error(scale: jax.Array) -> jax.Array:
     codes = nearest_codes(grouped, scale[..., None], lowest=lowest)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from fireq_jax.pallas.layouts import PackedInt4, unpack_codes
-from fireq_jax.qtensor import to_e4m3
+from fireq_jax.qtensor import code_values
 
 
 def int4_matmul(
@@ -15,15 +15,12 @@ def int4_matmul(
   bias: jax.Array | None = None,
   operand: jax.Array | None = None,
   epilogue: str = "linear",
-  sum_squares: bool = False,
   out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> jax.Array:
   """See `int4_matmul.int4_matmul`."""
   n, c = w.shape
-  weights = unpack_codes(w).astype(jnp.float32).reshape(n, -1, w.group)
-  weights *= w.scale.T.astype(jnp.float32)[..., None]
-  if w.scale.dtype == jnp.float8_e4m3fn:
-    weights = to_e4m3(weights).astype(jnp.float32)
+  codes = unpack_codes(w).reshape(n, -1, w.group)
+  weights = code_values(codes, w.scale.T[..., None])
   y = jax.lax.dot_general(
     x.astype(jnp.float32),
     weights.reshape(n, c),

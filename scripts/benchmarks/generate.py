@@ -69,7 +69,7 @@ def define_flags(values: flags.FlagValues) -> None:
     "model", "llama-3-8b", list(MODELS), "Which shape.", flag_values=values
   )
   flags.DEFINE_string(
-    "recipe", "fireq", "Recipe name or file.", flag_values=values
+    "recipe", "best", "Recipe name or file.", flag_values=values
   )
   flags.DEFINE_list(
     "decode",
@@ -143,7 +143,7 @@ class _Run:
     self.config, self.recipe = MODELS[model], recipes.load(recipe)
     self.batch = batch
     self.params = random_params(self.config, self.recipe)
-    self.capacity = prompt + max_new_tokens
+    self.capacity = -(-(prompt + max_new_tokens) // 16) * 16
     rng = np.random.default_rng(0)
     self.tokens = jnp.asarray(
       rng.integers(0, self.config.vocab_size, (batch, prompt), np.int32)
@@ -218,7 +218,7 @@ def _random_leaf(leaf, key):
     )
   if len(leaf.shape) == 1:
     return jnp.ones(leaf.shape, leaf.dtype)
-  if leaf.dtype == jnp.float32:  # key_scale
+  if leaf.dtype == jnp.float32:  # key_scale, key_shift
     return jax.random.uniform(key, leaf.shape, minval=0.5, maxval=2.0)
   values = jax.random.normal(key, leaf.shape, jnp.float32)
   return (0.02 * values).astype(leaf.dtype)
