@@ -200,10 +200,14 @@ def forward(
   embedding = jnp.asarray(model["embed_tokens"]["embedding"])
   with jax.named_scope("embed"):
     x = embedding.at[tokens].get(mode="fill", wrap_negative_indices=False)
+  # One trace and one lowering serve all layers of one structure.
+  run_layer = jax.jit(
+    decoder_layer, static_argnames=("config", "kv", "implementation")
+  )
   layer_caches: list[Any] = []
   for i, layer in enumerate(model["layers"]):
     with jax.named_scope(f"layer_{i}"):
-      x, layer_cache, _ = decoder_layer(
+      x, layer_cache, _ = run_layer(
         layer,
         x,
         None if cache is None else cache.layers[i],
