@@ -3,16 +3,17 @@
 The only place that knows how a projection's weight is held.
 """
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fireq_jax.config import Implementation
-from fireq_jax.pallas import int4_matmul, reference, tunings
+from fireq_jax.pallas import act_quant, int4_matmul, reference, tunings
 from fireq_jax.pallas.device import require_hopper
 from fireq_jax.pallas.layouts import PackedInt4
-from fireq_jax.qtensor import QTensor, quantize_e4m3
+from fireq_jax.qtensor import QTensor, quantize_e4m3, quantize_norm_e4m3
 
 Weight = jax.Array | QTensor | PackedInt4
 
@@ -65,23 +66,25 @@ def linear(
   if implementation == "mosaic_gpu" and isinstance(w, QTensor):
     raise NotImplementedError("the kernel needs weights of prepare()")
   out_dtype = out_dtype or x.dtype
-  dtype, scale = x.dtype, None
-  if norm is not None:
-    x = norm(x)
   if isinstance(w, PackedInt4):
-    return _packed(x, w, residual, dtype, out_dtype, implementation)
+    return _packed(x, w, norm, residual, out_dtype, implementation)
+  scale = None
+  normed = lambda: (x if norm is None else norm(x)).astype(x.dtype)
   if isinstance(w, QTensor):
     # Values rounded to e4m3 are exact in bf16; unrounded products need f32.
     rounded = w.scale.dtype == jnp.float8_e4m3fn
     if w.activation == "e4m3":
       operand = jnp.bfloat16 if rounded else jnp.float32
-      x, scale = quantize_e4m3(x, operand)
+      if norm is None:
+        x, scale = quantize_e4m3(x, operand)
+      else:
+        x, scale = quantize_norm_e4m3(x, *norm, operand)
     else:
-      operand = dtype if rounded else jnp.float32
-      x = x.astype(dtype).astype(operand)
+      operand = x.dtype if rounded else jnp.float32
+      x = normed().astype(operand)
     w = w.dequantize(operand).T
   else:
-    x = x.astype(dtype)
+    x = normed()
   y = _matmul(x, w)
   if scale is not None:
     y = y * scale[..., None]
@@ -95,21 +98,26 @@ def in_features(w: Weight) -> int:
   return w.shape[1] if isinstance(w, QTensor | PackedInt4) else w.shape[0]
 
 
-def _packed(x, w, residual, dtype, out_dtype, implementation):
-  """Calls the matmul on rows [T, C] of activations."""
+def _packed(x, w, norm, residual, out_dtype, implementation):
+  """Calls the kernels on rows [T, C] of activations."""
   rows = lambda a: a.reshape(-1, a.shape[-1])
   scale = None
   if w.activation == "e4m3":
-    codes, scale = quantize_e4m3(rows(x))
+    args, eps = (rows(x),), 0.0
+    if norm is not None:
+      args, eps = (rows(x), norm.weight), norm.eps
+    runs = _runs(act_quant, implementation, *args)
+    quantize = act_quant.act_quant if runs else reference.act_quant
+    codes, scale = quantize(*args, eps=eps)
   else:
-    codes = rows(x).astype(dtype)
+    codes = rows(x if norm is None else norm(x)).astype(x.dtype)
   args = codes, w, scale
   options: dict[str, Any] = {
     "operand": None if residual is None else rows(residual),
     "epilogue": "linear" if residual is None else "add",
     "out_dtype": out_dtype,
   }
-  if _runs(args, options, implementation):
+  if _runs(int4_matmul, implementation, *args, **options):
     tuning = tunings.choose(codes.shape[0], w)
     y = int4_matmul.int4_matmul(*args, **options, tuning=tuning)
   else:
@@ -117,13 +125,13 @@ def _packed(x, w, residual, dtype, out_dtype, implementation):
   return y.reshape(*x.shape[:-1], -1)
 
 
-def _runs(args, options, implementation):
+def _runs(kernel: ModuleType, implementation, *args, **options):
   """Whether the kernel runs; raises if it cannot but is asked for by name."""
   if implementation == "xla":
     return False
   try:
     require_hopper()
-    int4_matmul.supported(*args, **options)
+    kernel.supported(*args, **options)
   except NotImplementedError:
     if implementation == "mosaic_gpu":
       raise

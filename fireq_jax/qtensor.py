@@ -123,3 +123,29 @@ def quantize_e4m3(
   scale = jnp.max(jnp.abs(x), axis=-1) * (1 / 448)
   scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
   return round_e4m3(x / scale[..., None]).astype(dtype), scale
+
+
+def quantize_norm_e4m3(
+  x: jax.Array,
+  weight: jax.Array,
+  eps: float,
+  dtype: jax.typing.DTypeLike = jnp.float8_e4m3fn,
+) -> tuple[jax.Array, jax.Array]:
+  """Rounds each row of RMSNorm(x) to e4m3 codes with a scale of its own.
+
+  Law: codes and scale are those of `quantize_e4m3(x * weight)`, the scale then
+  times 1 / rms(x), by which all channels of a row are multiplied alike.
+
+  Args:
+    x: bf16 or f32 [..., C].
+    weight: gain [C].
+    eps: added to the mean square.
+    dtype: that holds the codes.
+
+  Returns:
+    codes [..., C] and scale f32 [...].
+  """
+  x = x.astype(jnp.float32)
+  codes, scale = quantize_e4m3(x * weight.astype(jnp.float32), dtype)
+  mean_square = jnp.mean(jnp.square(x), axis=-1)
+  return codes, scale * jax.lax.rsqrt(mean_square + eps)

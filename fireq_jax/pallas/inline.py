@@ -4,10 +4,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm
+from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm
+from jaxlib.mlir.dialects import math as mlir_math
 
 _LOAD_NEEDS_INDEX = (
   inspect.signature(plgpu.load).parameters["idx"].default
@@ -47,6 +49,47 @@ def _fence(_):
 _fence.kind = "fence"  # pyrefly: ignore[missing-attribute]
 # Orders reads of shared memory before the copies that overwrite it.
 fence_async_proxy = plgpu.inline_mgpu()(_fence)
+
+
+def sync_threads(warpgroups: int) -> None:
+  """Waits for all threads of a CTA of `warpgroups` warpgroups."""
+
+  def emit(_):
+    gpu.barrier()
+
+  emit.kind = "sync"  # pyrefly: ignore[missing-attribute]
+  emit.warpgroups = warpgroups  # pyrefly: ignore[missing-attribute]
+  plgpu.inline_mgpu()(emit)()
+
+
+def divide(x: Any, y: Any, layout: Any) -> Any:
+  """f32 x / y, y a scalar and neither too close to the smallest f32.
+
+  Rounded to nearest like a division, for two instructions more than a product.
+  """
+
+  def emit(x, y):
+    [y] = y.registers.flat
+    one = arith.constant(y.type, 1.0)
+    inverse = arith.divf(one, y)  # may be an approximation
+    rest = mlir_math.fma(arith.negf(inverse), y, one)
+    inverse = mlir_math.fma(rest, inverse, inverse)
+    out = np.empty_like(x.registers)
+    for index, register in np.ndenumerate(x.registers):
+      quotients = []
+      for value in elements(register):
+        quotient = arith.mulf(value, inverse)
+        rest = mlir_math.fma(arith.negf(quotient), y, value)
+        quotients.append(mlir_math.fma(rest, inverse, quotient))
+      out[index] = vector(quotients)
+    return array(out, x.layout)
+
+  return inline(
+    emit,
+    lambda x, y: x / y,
+    arg_types=(layout, plgpu.Layout.WG_SPLAT(())),
+    return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout),
+  )(x, y)
 
 
 def load(ref: Any, layout: Any) -> Any:

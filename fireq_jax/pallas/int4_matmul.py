@@ -32,6 +32,7 @@ each finishes silu(gate) * up of its half.
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -155,6 +156,7 @@ def supported(
       raise NotImplementedError(f"the INT4 matmul does not handle {reason}")
 
 
+@functools.partial(jax.jit, static_argnames=("epilogue", "out_dtype", "tuning"))
 def int4_matmul(
   x: jax.Array,
   w: PackedInt4,

@@ -4,7 +4,24 @@ import jax
 import jax.numpy as jnp
 
 from fireq_jax.pallas.layouts import PackedInt4, unpack_codes
-from fireq_jax.qtensor import code_values
+from fireq_jax.qtensor import code_values, quantize_e4m3, quantize_norm_e4m3
+
+
+def act_quant(
+  x: jax.Array,
+  norm_weight: jax.Array | None = None,
+  *,
+  eps: float = 0.0,
+  rows: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """See `act_quant.act_quant`."""
+  if norm_weight is None:
+    codes, scale = quantize_e4m3(x)
+  else:
+    codes, scale = quantize_norm_e4m3(x, norm_weight, eps)
+  padding = 0 if rows is None else rows - x.shape[0]
+  codes = jnp.pad(codes, ((0, padding), (0, 0)))
+  return codes, jnp.pad(scale, (0, padding), constant_values=1)
 
 
 def int4_matmul(

@@ -174,6 +174,17 @@ def _inline(interpreter, eqn, token, values):
       thread=interpreter.thread,
     )
     return token, []
+  if emit.kind == "sync":
+    token = gpu_callbacks.call_named_barrier(
+      token,
+      interpreter.mesh_location,
+      interpreter.thread,
+      0,
+      num_threads=128 * emit.warpgroups,
+      sync=True,
+      source_info=eqn.source_info,
+    )
+    return token, []
   assert emit.kind == "dequantize"
   return token, [dequantize(values[0], values[1:], emit.encoding)]
 

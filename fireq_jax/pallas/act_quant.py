@@ -1,0 +1,221 @@
+"""Activations to e4m3 with a scale for each token, after RMSNorm or without.
+
+  y[t, c]     = x[t, c] * weight[c]                (or x[t, c] without a norm)
+  scale[t]    = max_c |y[t, c]| / 448
+  codes[t, c] = e4m3(y[t, c] / scale[t])
+
+A norm's 1 / rms(x) is the same for all channels, so it only multiplies the
+scale at the end, and both reductions are done in one step.
+
+A CTA takes one token, whose values stay in its registers:
+
+  warp 0   | load x, weight | sum x x, max |y| |      | divide, store |
+  warp 1   | load x, weight | sum x x, max |y| | sync | divide, store |
+  ...                                            through shared memory
+
+With few tokens a CTA has many warps, which makes it quick; with many tokens it
+has few, so that several fit on a multiprocessor and memory never rests.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from fireq_jax.pallas.inline import divide, load, sync_threads
+
+_F8 = jnp.float8_e4m3fn
+_LANES = 32
+_WARPS = 4  # of a warpgroup
+_VECTORS = (8, 4, 2, 1)  # elements a thread may load at once
+_MOST_ELEMENTS = 64  # of a thread
+_MOST_WARPGROUPS = 8
+_FEW_TOKENS = 264  # two for each multiprocessor
+
+
+def supported(x: jax.Array, norm_weight: jax.Array | None = None) -> None:
+  """Returns if the kernel can run this.
+
+  Raises:
+    NotImplementedError: it cannot, with the reason.
+  """
+  for ok, reason in (
+    (x.ndim == 2 and x.shape[0] > 0, f"x of shape {x.shape}"),
+    (_float(x), f"x of {x.dtype}"),
+    (
+      norm_weight is None or _float(norm_weight),
+      f"a norm weight of {norm_weight is not None and norm_weight.dtype}",
+    ),
+    (
+      x.shape[-1] % (_WARPS * _LANES) == 0 and bool(_choices(x.shape[-1])),
+      f"{x.shape[-1]} channels",
+    ),
+  ):
+    if not ok:
+      raise NotImplementedError(f"the quantisation does not handle {reason}")
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "rows"))
+def act_quant(
+  x: jax.Array,
+  norm_weight: jax.Array | None = None,
+  *,
+  eps: float = 0.0,
+  rows: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Rounds each row of norm(x) to e4m3 codes with a scale of its own.
+
+  The codes are those of `qtensor.quantize_e4m3(x * norm_weight)`, as the law
+  above says; a NaN or an infinity in a row makes NaNs of its codes.
+
+  Args:
+    x: bf16 or f32 [T, C].
+    norm_weight: bf16 or f32 [C], gain of an RMSNorm; None for no norm.
+    eps: of the norm.
+    rows: rows of the result, T by default; those beyond T are zeros with scale
+      1, which spare a matmul of whole tiles from padding its operand.
+
+  Returns:
+    codes e4m3 [rows, C] and scale f32 [rows].
+
+  Raises:
+    NotImplementedError: the kernel cannot run this; see `supported`.
+  """
+  supported(x, norm_weight)
+  tokens, channels = x.shape
+  rows = rows or tokens
+  warpgroups = _warpgroups(tokens, channels)
+  warps = _WARPS * warpgroups
+  shape = warps, channels // warps
+  parts = _parts(shape[1])
+  inputs = [x.reshape(tokens, *shape)]
+  if norm_weight is not None:
+    inputs.append(norm_weight.reshape(shape))
+
+  def kernel(x_gmem, *refs, sums, peaks):
+    *weight_gmem, codes_gmem, scale_gmem = refs
+    token, warpgroup = lax.axis_index("token"), lax.axis_index("warpgroup")
+    mine = pl.ds(warpgroup * _WARPS, _WARPS)
+
+    @pl.when(token < tokens)
+    def _():
+      y = [load(x_gmem.at[token, mine, part], layout) for part, layout in parts]
+      weight = [
+        load(ref.at[mine, part], layout)
+        for ref in weight_gmem
+        for part, layout in parts
+      ]
+      # Nothing that waits for other threads stands between the loads.
+      y = [value.astype(jnp.float32) for value in y]
+      if weight_gmem:
+        sums.at[mine][...] = sum(jnp.sum(v * v, axis=1) for v in y)
+        y = [v * gain.astype(jnp.float32) for v, gain in zip(y, weight)]
+      peak = [jnp.max(jnp.abs(value), axis=1) for value in y]
+      peaks.at[mine][...] = functools.reduce(jnp.maximum, peak)
+      sync_threads(warpgroups)
+      scale = jnp.max(load(peaks, _everywhere(warps))) * (1 / 448)
+      scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
+      for (part, layout), value in zip(parts, y):
+        codes = divide(value, scale, layout).astype(_F8)
+        codes_gmem.at[token, mine, part][...] = codes
+      if weight_gmem:
+        mean = jnp.sum(load(sums, _everywhere(warps))) / channels
+        scale *= lax.rsqrt(mean + eps)
+
+      @pl.when(warpgroup == 0)
+      def _():
+        scale_gmem[token] = scale
+
+    if rows > tokens:
+
+      @pl.when(token >= tokens)
+      def _():
+        for part, layout in parts:
+          zeros = jnp.zeros((_WARPS, part.size), _F8)
+          codes_gmem.at[token, mine, part][...] = plgpu.layout_cast(
+            zeros, layout
+          )
+
+        @pl.when(warpgroup == 0)
+        def _():
+          scale_gmem[token] = jnp.float32(1)
+
+  codes, scale = plgpu.kernel(
+    kernel,
+    out_type=(
+      jax.ShapeDtypeStruct((rows, *shape), _F8),
+      jax.ShapeDtypeStruct((rows,), jnp.float32),
+    ),
+    grid=(rows,),
+    grid_names=("token",),
+    num_threads=warpgroups,
+    thread_name="warpgroup",
+    scratch_types=dict(
+      sums=plgpu.SMEM((warps,), jnp.float32),
+      peaks=plgpu.SMEM((warps,), jnp.float32),
+    ),
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True,
+      unsafe_no_auto_barriers=True,
+      reduction_scratch_bytes=0,
+      lowering_semantics=plgpu.LoweringSemantics.Lane,
+    ),
+    kernel_name="act_quant",
+  )(*inputs)
+  return codes.reshape(rows, channels), scale
+
+
+def _float(x):
+  return x.dtype in (jnp.bfloat16, jnp.float32)
+
+
+def _choices(channels):
+  """Numbers of warpgroups that can share a row of so many channels."""
+  unit = _WARPS * _LANES
+  return [
+    n
+    for n in range(1, _MOST_WARPGROUPS + 1)
+    if channels % (n * unit) == 0 and channels <= n * unit * _MOST_ELEMENTS
+  ]
+
+
+def _warpgroups(tokens, channels):
+  """Of a CTA: most of them, or few, among those with the fewest loads."""
+  wanted = 8 if tokens <= _FEW_TOKENS else 32  # elements of a thread
+
+  def cost(n):
+    elements = channels // (n * _WARPS * _LANES)
+    return len(_parts(elements * _LANES)), abs(elements - wanted)
+
+  return min(_choices(channels), key=cost)
+
+
+def _parts(width):
+  """Slices of a warp's share of a row, and how its lanes hold them."""
+  start, parts = 0, []
+  for vector in _VECTORS:
+    unit = vector * _LANES
+    size = (width - start) // unit * unit
+    if size:
+      layout = plgpu.Layout.TILED(
+        plgpu.Tiling(((_WARPS, unit), (vector,))),
+        warp_dims=(-3,),
+        lane_dims=(-2,),
+        vector_dim=-1,
+      )
+      parts.append((pl.ds(start, size), layout))
+    start += size
+  return parts
+
+
+def _everywhere(size):
+  """Layout of a vector that every thread holds."""
+  return plgpu.Layout.TILED(
+    plgpu.Tiling(((size,),)),
+    warp_dims=(plgpu.Replicated(4),),
+    lane_dims=(plgpu.Replicated(_LANES),),
+    vector_dim=-1,
+  )
