@@ -55,9 +55,13 @@ class Tokenizer:
     eos = self._tokenizer.eos_token_id
     return () if eos is None else (eos,)
 
-  def encode(self, text: str) -> list[int]:
+  def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
     """Tokens of `text`, with the special tokens the model expects (BOS)."""
-    return list(self._tokenizer(text, verbose=False)["input_ids"])
+    return list(
+      self._tokenizer(text, verbose=False, add_special_tokens=special_tokens)[
+        "input_ids"
+      ]
+    )
 
   def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Tokens of a conversation, ready for the assistant's answer.

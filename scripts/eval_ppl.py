@@ -3,17 +3,22 @@
   python scripts/eval_ppl.py --ckpt DIR --ckpt QUANTISED --text wiki.test.txt
 
 The first --ckpt (say, the Hugging Face folder) is the reference for the KL
-divergence and the agreement of the likeliest token. Last line: JSON.
+divergence and the agreement of the likeliest token. Last line: JSON, which
+--json writes to a file as well.
 """
 
 import dataclasses
+import datetime
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from absl import flags
+from benchmarks import common
 from tqdm import tqdm
 
+import fireq_jax
 from fireq_jax import cli
 from fireq_jax.checkpoint import Checkpoint
 from fireq_jax.errors import DataError
@@ -34,6 +39,10 @@ def define_flags(values: flags.FlagValues) -> None:
   )
   flags.DEFINE_integer(
     "num_windows", None, "At most; default: all.", lower_bound=1, **define
+  )
+  flags.DEFINE_string("json", None, "Write the last line here too.", **define)
+  flags.DEFINE_string(
+    "plot", None, "Write a PNG of the results here.", **define
   )
 
 
@@ -79,11 +88,34 @@ def run(values: flags.FlagValues) -> None:
       f"{row['ppl']:10.4f} {row['kl']:8.4f} {row['top1']:7.2%} {row['kv']:>5}"
       f"  {row['model']} ({row['recipe']})"
     )
-  print(
-    json.dumps(
-      {"seq_len": values.seq_len, "windows": len(windows), "rows": rows}
-    )
-  )
+  report = {
+    "card": jax.devices()[0].device_kind,
+    "date": datetime.date.today().isoformat(),
+    "versions": {"fireq_jax": fireq_jax.__version__, "jax": jax.__version__},
+    "protocol": PROTOCOL,
+    "seq_len": values.seq_len,
+    "windows": len(windows),
+    "rows": rows,
+  }
+  if values.plot:
+    common.save_plot(plot, rows, Path(values.plot), Path(values.text).name)
+  if values.json:
+    Path(values.json).write_text(json.dumps(report, indent=1) + "\n")
+  print(json.dumps(report))
+
+
+def plot(rows: Sequence[dict], figure) -> None:
+  """Perplexity and KL divergence, a bar for each model."""
+  labels = [f"{row['model']}\n{row['recipe']}, kv {row['kv']}" for row in rows]
+  names = {"ppl": "perplexity", "kl": "KL divergence from the first, nats"}
+  for axes, (name, label) in zip(
+    figure.subplots(1, 2, sharey=True), names.items()
+  ):
+    bars = axes.barh(labels, [row[name] for row in rows])
+    axes.bar_label(bars, fmt="%.4g", padding=2)
+    axes.margins(x=0.2)
+    axes.set_xlabel(label)
+  figure.axes[0].invert_yaxis()
 
 
 def load_prepared(ckpt: str) -> Checkpoint:

@@ -93,11 +93,14 @@ def test_every_script_on_one_model(source, calib, tmp_path, capsys):
   text = tmp_path / "text.txt"
   text.write_text("The quick brown fox jumps over the lazy dog. " * 5)
   flags = [f"--text={text}", "--seq_len=32", "--num_windows=2"]
+  flags += [f"--json={tmp_path / 'ppl.json'}", f"--plot={tmp_path / 'ppl.png'}"]
   assert (
     eval_ppl.main(["eval_ppl.py", f"--ckpt={source}", f"--ckpt={out}", *flags])
     == 0
   )
   result = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert result == json.loads((tmp_path / "ppl.json").read_text())
+  assert (tmp_path / "ppl.png").read_bytes().startswith(b"\x89PNG")
   assert (result["seq_len"], result["windows"]) == (32, 2)
   whole, quantized = result["rows"]
   assert whole["ppl"] == quantized["float_ppl"] > 1

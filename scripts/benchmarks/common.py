@@ -48,7 +48,13 @@ def main(benchmark: ModuleType, argv: Sequence[str]) -> int:
     result = report(rows, argv)
     print(table(rows))
     if values.plot:
-      _save_plot(benchmark, rows, Path(values.plot), result["card"])
+      name = benchmark.__name__.rsplit(".", 1)[-1]
+      save_plot(
+        lambda rows, figure: benchmark.plot(rows, figure.subplots()),
+        rows,
+        Path(values.plot),
+        f"{name}, {result['card']}",
+      )
     if values.json:
       Path(values.json).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
@@ -108,9 +114,17 @@ def _cell(value: Any) -> str:
   return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _save_plot(
-  benchmark: ModuleType, rows: Sequence[Row], path: Path, card: str
+def save_plot(
+  draw: Callable[[Sequence[Row], Any], None],
+  rows: Sequence[Row],
+  path: Path,
+  title: str,
 ) -> None:
+  """Writes what `draw(rows, figure)` draws as a PNG.
+
+  Raises:
+    ResourceError: matplotlib is missing.
+  """
   try:
     import matplotlib
   except ImportError as error:
@@ -120,9 +134,9 @@ def _save_plot(
   matplotlib.use("Agg")
   from matplotlib import pyplot
 
-  figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-  benchmark.plot(rows, axes)
-  axes.set_title(f"{benchmark.__name__.rsplit('.', 1)[-1]}, {card}")
+  figure = pyplot.figure(figsize=(8, 5), layout="constrained")
+  draw(rows, figure)
+  figure.suptitle(title)
   figure.savefig(path, dpi=150)
   pyplot.close(figure)
 
