@@ -101,14 +101,15 @@ def in_features(w: Weight) -> int:
 def _packed(x, w, norm, residual, out_dtype, implementation):
   """Calls the kernels on rows [T, C] of activations."""
   rows = lambda a: a.reshape(-1, a.shape[-1])
-  scale = None
+  tokens, scale = x.size // x.shape[-1], None
   if w.activation == "e4m3":
     args, eps = (rows(x),), 0.0
     if norm is not None:
       args, eps = (rows(x), norm.weight), norm.eps
     runs = _runs(act_quant, implementation, *args)
     quantize = act_quant.act_quant if runs else reference.act_quant
-    codes, scale = quantize(*args, eps=eps)
+    padded = int4_matmul.rows_of(tokens)
+    codes, scale = quantize(*args, eps=eps, rows=padded)
   else:
     codes = rows(x if norm is None else norm(x)).astype(x.dtype)
   args = codes, w, scale
@@ -116,9 +117,10 @@ def _packed(x, w, norm, residual, out_dtype, implementation):
     "operand": None if residual is None else rows(residual),
     "epilogue": "linear" if residual is None else "add",
     "out_dtype": out_dtype,
+    "tokens": tokens,
   }
   if _runs(int4_matmul, implementation, *args, **options):
-    tuning = tunings.choose(codes.shape[0], w)
+    tuning = tunings.choose(tokens, w)
     y = int4_matmul.int4_matmul(*args, **options, tuning=tuning)
   else:
     y = reference.int4_matmul(*args, **options)

@@ -104,6 +104,7 @@ def supported(
   operand: jax.Array | None = None,
   epilogue: Epilogue = "linear",
   out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+  tokens: int | None = None,
 ) -> None:
   """Returns if the kernel can run this.
 
@@ -156,7 +157,9 @@ def supported(
       raise NotImplementedError(f"the INT4 matmul does not handle {reason}")
 
 
-@functools.partial(jax.jit, static_argnames=("epilogue", "out_dtype", "tuning"))
+@functools.partial(
+  jax.jit, static_argnames=("epilogue", "out_dtype", "tokens", "tuning")
+)
 def int4_matmul(
   x: jax.Array,
   w: PackedInt4,
@@ -166,18 +169,21 @@ def int4_matmul(
   operand: jax.Array | None = None,
   epilogue: Epilogue = "linear",
   out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+  tokens: int | None = None,
   tuning: Tuning,
 ) -> jax.Array:
   """Multiplies x by INT4 weights on a Hopper GPU; see the module docstring.
 
   Args:
-    x: [T, C] e4m3, or bf16 for weights packed for bf16.
+    x: [T, C] e4m3, or bf16 for weights packed for bf16. It may come with
+      `rows_of(T)` rows, if `tokens` says so, and is padded to them otherwise.
     w: [N, C] weights of `layouts.pack_int4_weights`.
-    x_scale: f32 [T], with e4m3 activations.
+    x_scale: f32 [T] or longer, with e4m3 activations.
     bias: [N], added before the activation.
     operand: [T, N], added (epilogue "add") or multiplied ("mul") at the end.
     epilogue: "silu" applies SiLU. Gated weights always give silu(gate) * up.
     out_dtype: bf16 or f32; epilogues compute in f32.
+    tokens: T; all rows of x by default.
     tuning: see `tunings.choose`; `stages` is lowered to what memory holds.
 
   Returns:
@@ -203,15 +209,14 @@ def int4_matmul(
     "rows of a tuning do not fit the weight",
     got=f"{tuning.rows} for {n}, gated {w.gated}",
   )
-  t = x.shape[0]
-  # A TMA descriptor wants whole tiles of 8 tokens. Below 16 a tile costs the
-  # same, and the kernel has been checked on a card for 16 tokens and more.
-  padding = max(16 - t, -t % 8)
-  if padding:
-    pad = lambda a: jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1))
-    x = pad(x)
-    x_scale = None if x_scale is None else pad(x_scale)
-    operand = None if operand is None else pad(operand)
+  tokens = tokens or x.shape[0]
+  rows = rows_of(tokens)
+
+  def padded(a):
+    missing = 0 if a is None else rows - a.shape[0]
+    return jnp.pad(a, ((0, missing), (0, 0))) if missing else a
+
+  x, operand = padded(x), padded(operand)
   inputs = dict(
     x=x,
     codes=w.codes,
@@ -229,5 +234,9 @@ def int4_matmul(
     kernel = Kernel(inputs, w, epilogue, out_dtype, tuning)
   if operand is not None:
     inputs["operand"] = operand.astype(out_dtype).reshape(kernel.out.shape)
-  out = kernel().reshape(x.shape[0], -1)
-  return out[:t] if padding else out
+  return kernel().reshape(rows, -1)[:tokens]
+
+
+def rows_of(tokens: int) -> int:
+  """Rows the kernel runs on: TMA copies 8 at once, or fewer if those are all."""
+  return tokens if tokens <= 8 else pl.cdiv(tokens, 8) * 8

@@ -33,6 +33,7 @@ def int4_matmul(
   operand: jax.Array | None = None,
   epilogue: str = "linear",
   out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
+  tokens: int | None = None,
 ) -> jax.Array:
   """See `int4_matmul.int4_matmul`."""
   n, c = w.shape
@@ -44,9 +45,9 @@ def int4_matmul(
     (((1,), (1,)), ((), ())),
     precision=jax.lax.Precision.HIGHEST,
   )
-  y *= w.row_scale
+  y = y[:tokens] * w.row_scale
   if x_scale is not None:
-    y *= x_scale[:, None]
+    y *= x_scale[:tokens, None]
   if bias is not None:
     y += bias.astype(jnp.float32)
   if w.gated:

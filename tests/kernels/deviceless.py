@@ -22,20 +22,36 @@ class Report:
   serialised_wgmma: bool
 
 
-def compile_all(functions, folder: Path) -> list[Report]:
-  """Reports of the kernels in [(function, argument shapes)], in order."""
+def compile_for_hopper(function, args):
+  """The executable of a function for arguments of these shapes."""
   topology = topologies.get_topology_desc(
     platform="cuda", target_config=_TARGET.read_text(), topology="1x1x1"
   )
   mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  args = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args
+  )
+  return jax.jit(function).lower(*args).compile()
+
+
+def kernels(executable) -> list[str]:
+  """Instructions of a program that start something on the device."""
+  entry = executable.as_text().split("ENTRY", 1)[1]
+  views = "parameter", "bitcast", "get-tuple-element", "tuple"
+  return [
+    line.strip()
+    for line in entry.splitlines()
+    if " = " in line and not any(f" {view}(" in line for view in views)
+  ]
+
+
+def compile_all(functions, folder: Path) -> list[Report]:
+  """Reports of the kernels in [(function, argument shapes)], in order."""
   reports = []
   for function, args in functions:
-    args = jax.tree.map(
-      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args
-    )
     before = set(folder.glob("*.ptxas"))
-    jax.jit(function).lower(*args).compile()
+    compile_for_hopper(function, args)
     for path in sorted(set(folder.glob("*.ptxas")) - before):
       text = path.read_text()
       spills = re.findall(r"(\d+) bytes spill", text)

@@ -120,10 +120,13 @@ def test_interpreted_kernel(tokens, rows, channels, dtype, norm):
 # The kernel, compiled by ptxas for the card, without a card.
 
 
-@pytest.mark.skipif(
+needs_ptxas = pytest.mark.skipif(
   importlib.util.find_spec("jax_cuda13_plugin") is None,
   reason="needs jax-cuda13-plugin to compile for a GPU (no GPU)",
 )
+
+
+@needs_ptxas
 def test_compiles_without_spills(tmp_path, monkeypatch):
   import deviceless
 
@@ -142,6 +145,37 @@ def test_compiles_without_spills(tmp_path, monkeypatch):
     tmp_path,
   )
   assert [report.spilled_bytes for report in reports] == [0] * len(cases)
+
+
+@needs_ptxas
+@pytest.mark.parametrize("tokens", [1, 8, 16, 1000])
+def test_a_projection_is_two_kernels(tokens, monkeypatch):
+  import deviceless
+
+  monkeypatch.setattr("fireq_jax.linear.require_hopper", lambda: None)
+  struct = jax.ShapeDtypeStruct
+  w = layouts.PackedInt4(
+    codes=struct((2048 // 128, 1024, 64), jnp.uint8),
+    scale=struct((2048 // 128, 1024), jnp.float8_e4m3fn),
+    row_scale=struct((1024,), F32),
+    shape=(1024, 2048),
+    encoding="sign_magnitude",
+    activation="e4m3",
+    gated=False,
+  )
+  project = lambda x, weight, w, residual: linear(
+    x, w, norm=RMSNorm(weight, EPS), residual=residual
+  )
+  args = (
+    struct((1, tokens, 2048), BF16),
+    struct((2048,), BF16),
+    w,
+    struct((1, tokens, 1024), BF16),
+  )
+  program = deviceless.compile_for_hopper(project, args)
+  started = deviceless.kernels(program)
+  assert len(started) == 2, started
+  assert all("mosaic_gpu" in line for line in started)
 
 
 @pytest.mark.parametrize("channels", CHANNELS)

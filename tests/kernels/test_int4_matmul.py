@@ -10,7 +10,7 @@ import pytest
 
 from fireq_jax.errors import ConfigError
 from fireq_jax.pallas import layouts, reference, tunings
-from fireq_jax.pallas.int4_matmul import Tuning, int4_matmul, supported
+from fireq_jax.pallas.int4_matmul import Tuning, int4_matmul, rows_of, supported
 from fireq_jax.qtensor import QTensor, pack_int4
 
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
@@ -186,6 +186,8 @@ INTERPRETED = [
   (dict(n=128, c=512, t=13, lowest=-8),
    dict(tile_t=8, stages=2, rows=64, interleave=2, ctas=2)),
   (dict(n=192, c=512, t=7), dict(tile_t=8, stages=4, rows=48, interleave=4)),
+  (dict(n=128, c=256, t=1, epilogue="add"), dict(tile_t=8, stages=2, rows=64)),
+  (dict(n=256, c=256, t=3, gated=True), dict(tile_t=16, stages=2)),
   (dict(n=256, c=512, t=24, gated=True), dict(tile_t=16, stages=2)),
   (dict(n=128, c=256, t=16, kind="exact", epilogue="add", bias=True),
    dict(tile_t=16, stages=2)),
@@ -312,8 +314,9 @@ TOKENS = [1, 2, 7, 8, 13, 16, 17, 63, 64, 65, 127, 128, 129, 257, 1024, 4096]
 def test_kernel_error_is_rounding(n, c, mode):
   """For every number of tokens, and the same bits on every run."""
   rng = np.random.default_rng(6)
+  (_, w, _), _ = problem(rng, n, c, 1, kind=mode)
   for t in TOKENS:
-    (x, w, x_scale), _ = problem(rng, n, c, t, kind=mode)
+    x, x_scale = activations(rng, t, c, w.activation)
     tuning = tunings.choose(t, w)
     kernel = jax.jit(
       lambda x, w, x_scale, tuning=tuning: int4_matmul(
@@ -328,30 +331,37 @@ def test_kernel_error_is_rounding(n, c, mode):
       assert bool((kernel(x, w, x_scale) == y).all()), (t, tuning)
 
 
+EPILOGUES = {
+  "linear": dict(bias=True),
+  "add": dict(epilogue="add", bias=True),
+  "mul": dict(epilogue="mul"),
+  "silu": dict(epilogue="silu"),
+  "gated": dict(gated=True),
+  "minus_8": dict(lowest=-8, epilogue="add"),
+  "group_64": dict(group=64, epilogue="add"),
+  "exact": dict(kind="exact", epilogue="add"),
+  "bf16": dict(kind="bf16", lowest=-8, epilogue="add"),
+}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("t", [16, 300])
-@pytest.mark.parametrize(
-  "options",
-  [
-    dict(epilogue="add", bias=True),
-    dict(epilogue="mul"),
-    dict(epilogue="silu"),
-    dict(gated=True),
-    dict(lowest=-8),
-    dict(group=64),
-  ],
-)
-def test_epilogues_on_the_card(t, options):
+@pytest.mark.parametrize("options", EPILOGUES.values(), ids=EPILOGUES)
+def test_every_number_of_tokens_on_the_card(options):
+  """Also with rows that follow the last token, which must change nothing."""
   rng = np.random.default_rng(7)
-  args, options = problem(rng, 4096, 2048, t, **options)
-  tuning = tunings.choose(t, args[1])
-  y = jax.jit(lambda *a: int4_matmul(*a, **options, tuning=tuning))(*args)
-  wanted = reference.int4_matmul(
-    *args,
-    **options,
-  )
-  y, wanted = y.astype(jnp.float32), wanted.astype(jnp.float32)
-  assert jnp.linalg.norm(y - wanted) / jnp.linalg.norm(wanted) < 5e-3
+  for t in [1, 2, 7, 8, 13, 16, 17, 63, 64, 65, 127, 128, 129, 256, 1000]:
+    args, given = problem(rng, 1536, 1024, t, **options)
+    tuning = tunings.choose(t, args[1])
+    wanted = reference.int4_matmul(*args, **given).astype(jnp.float32)
+    more = rows_of(t) - t
+    x, x_scale = (
+      None if a is None else jnp.concatenate([a, a[:more]])
+      for a in (args[0], args[2])
+    )
+    for tokens, operands in ((None, args), (t, (x, args[1], x_scale))):
+      y = int4_matmul(*operands, **given, tokens=tokens, tuning=tuning)
+      error = jnp.linalg.norm(y.astype(jnp.float32) - wanted)
+      assert error / jnp.linalg.norm(wanted) < 5e-3, (t, tokens, tuning)
 
 
 @pytest.mark.gpu
