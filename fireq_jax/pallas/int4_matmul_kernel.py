@@ -413,7 +413,9 @@ class Kernel:
         operand = plgpu.layout_cast(operand, _WGMMA).astype(jnp.float32)
         value = value * operand if self.epilogue == "mul" else value + operand
       else:
-        plgpu.wait_smem_to_gmem(self.buffers - 1, wait_read_only=True)
+        # The last piece of the tile before may have used any buffer.
+        pending = self.buffers - 1 if i else 0
+        plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
       if self.epilogue == "silu":
         value = _silu(value)
       smem["out"].at[group, buffer].T[...] = plgpu.layout_cast(

@@ -34,6 +34,10 @@ from jax._src.pallas.mosaic_gpu.interpret.params import (
 
 VERSION = "0.11.2"
 
+# Copies take turns at so many clocks. One that shares its clock with a later,
+# awaited copy counts as awaited as well, which hides races.
+_PARAMS = InterpretGPUParams(detect_races=True, num_tma_threads_per_device=1000)
+
 _pending = {}  # thread -> [(multiplication, its clock)], oldest first
 _lock = threading.Lock()
 
@@ -56,7 +60,7 @@ def interpret():
   )
   _pending.clear()
   try:
-    with force_gpu_interpret_mode(InterpretGPUParams(detect_races=True)):
+    with force_gpu_interpret_mode(_PARAMS):
       yield lambda: interpret_pallas_call.get_races().races_found
   finally:
     (
