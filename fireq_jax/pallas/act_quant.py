@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fireq_jax.pallas.inline import divide, load, sync_threads
+from fireq_jax.pallas.inline import divide, load, store, sync_threads
 
 _F8 = jnp.float8_e4m3fn
 _LANES = 32
@@ -111,16 +111,16 @@ def act_quant(
       # Nothing that waits for other threads stands between the loads.
       y = [value.astype(jnp.float32) for value in y]
       if weight_gmem:
-        sums.at[mine][...] = sum(jnp.sum(v * v, axis=1) for v in y)
+        store(sums.at[mine], sum(jnp.sum(v * v, axis=1) for v in y))
         y = [v * gain.astype(jnp.float32) for v, gain in zip(y, weight)]
       peak = [jnp.max(jnp.abs(value), axis=1) for value in y]
-      peaks.at[mine][...] = functools.reduce(jnp.maximum, peak)
+      store(peaks.at[mine], functools.reduce(jnp.maximum, peak))
       sync_threads(warpgroups)
       scale = jnp.max(load(peaks, _everywhere(warps))) * (1 / 448)
       scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
       for (part, layout), value in zip(parts, y):
         codes = divide(value, scale, layout).astype(_F8)
-        codes_gmem.at[token, mine, part][...] = codes
+        store(codes_gmem.at[token, mine, part], codes)
       if weight_gmem:
         mean = jnp.sum(load(sums, _everywhere(warps))) / channels
         scale *= lax.rsqrt(mean + eps)
@@ -135,9 +135,8 @@ def act_quant(
       def _():
         for part, layout in parts:
           zeros = jnp.zeros((_WARPS, part.size), _F8)
-          codes_gmem.at[token, mine, part][...] = plgpu.layout_cast(
-            zeros, layout
-          )
+          zeros = plgpu.layout_cast(zeros, layout)
+          store(codes_gmem.at[token, mine, part], zeros)
 
         @pl.when(warpgroup == 0)
         def _():

@@ -37,7 +37,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fireq_jax.config import check
 from fireq_jax.pallas import int4_fragments as frag
-from fireq_jax.pallas.inline import fence_async_proxy, load
+from fireq_jax.pallas.inline import fence_async_proxy, load, store
 
 MAX_QUERIES = 8
 _ROWS = frag.ROWS
@@ -393,9 +393,9 @@ def _kernel(
         def _():
           plgpu.barrier_wait(merge_done)
 
-        m_smem.at[wg][...] = m
-        l_smem.at[wg][...] = l
-        o_smem.at[wg][...] = acc
+        store(m_smem.at[wg], m)
+        store(l_smem.at[wg], l)
+        store(o_smem.at[wg], acc)
         plgpu.barrier_arrive(merge_ready)
         plgpu.barrier_wait(merge_ready)
 
@@ -419,9 +419,9 @@ def _kernel(
             out = out * _spread(
               jnp.where(total > 0, 1.0 / total, 0.0), out.shape, 0, merged
             )
-          out_gmem.at[b, head, split][...] = out.astype(out_dtype)
-          stat_gmem.at[b, head, split, 0][...] = top
-          stat_gmem.at[b, head, split, 1][...] = total
+          store(out_gmem.at[b, head, split], out.astype(out_dtype))
+          store(stat_gmem.at[b, head, split, 0], top)
+          store(stat_gmem.at[b, head, split, 1], total)
 
         return done + count
 

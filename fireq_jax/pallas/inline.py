@@ -11,10 +11,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm
 from jaxlib.mlir.dialects import math as mlir_math
 
-_LOAD_NEEDS_INDEX = (
-  inspect.signature(plgpu.load).parameters["idx"].default
-  is inspect.Parameter.empty
-)
+_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
+# JAX 0.10 wants an index of `load`, 0.11 deprecates it, 0.12 has none.
+_WHOLE = ((),) if _INDEX is not None and _INDEX.default is _INDEX.empty else ()
 
 
 def inline(
@@ -92,11 +91,17 @@ def divide(x: Any, y: Any, layout: Any) -> Any:
   )(x, y)
 
 
-def load(ref: Any, layout: Any) -> Any:
-  """Loads from shared or global memory without insisting on speed."""
-  # JAX 0.10 wants an index, later ones deprecate it.
-  index = ((),) if _LOAD_NEEDS_INDEX else ()
-  return plgpu.load(ref, *index, layout=layout, optimized=False)
+def load(ref: Any, layout: Any, *, optimized: bool = False) -> Any:
+  """Loads from shared or global memory, insisting on speed if `optimized`."""
+  return plgpu.load(ref, *_WHOLE, layout=layout, optimized=optimized)
+
+
+def store(ref: Any, value: Any) -> None:
+  """Stores to shared or global memory, without insisting on speed."""
+  if hasattr(plgpu, "store"):
+    plgpu.store(ref, value, optimized=False)
+  else:  # JAX before 0.12
+    ref[...] = value
 
 
 def i32() -> Any:

@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fireq_jax.pallas import dequant
+from fireq_jax.pallas.inline import load
 from fireq_jax.pallas.layouts import BLOCK, ROWS
 
 _WGMMA = plgpu.Layout.WGMMA
@@ -281,12 +282,12 @@ class Kernel:
 
     def codes(slot, block):
       ref = smem["codes"].at[slot, half, block, rows]
-      return _load(ref, plgpu.Layout.WGMMA_8BIT, optimized=True)
+      return load(ref, plgpu.Layout.WGMMA_8BIT, optimized=True)
 
     def scales(slot, block):
       count = self.groups // blocks
       return [
-        _load(smem["scale"].at[slot, half, block * count + i, rows], _BY_ROW)
+        load(smem["scale"].at[slot, half, block * count + i, rows], _BY_ROW)
         for i in range(count)
       ]
 
@@ -370,7 +371,7 @@ class Kernel:
     gmem, smem, piece = self.gmem, self.smem, self.piece
     plgpu.barrier_wait(smem["vectors_full"].at[group])
     by_row = {
-      name: _load(smem[name].at[group, pl.ds(0, ROWS)], _BY_ROW)
+      name: load(smem[name].at[group, pl.ds(0, ROWS)], _BY_ROW)
       for name in self.vectors
       if name != "x_scale"
     }
@@ -381,10 +382,10 @@ class Kernel:
       value = lax.slice(sums, (0, i * piece), (ROWS, (i + 1) * piece))
       for j in range(self.tuning.interleave - 1):
         part = smem["sums"].at[j, group, :, tokens]
-        value += _load(part, _WGMMA, optimized=True)
+        value += load(part, _WGMMA, optimized=True)
       value *= _rows(by_row["row_scale"], value)
       if "x_scale" in smem:
-        x_scale = _load(smem["x_scale"].at[group, tokens], _BY_TOKEN)
+        x_scale = load(smem["x_scale"].at[group, tokens], _BY_TOKEN)
         value *= lax.broadcast_in_dim(x_scale, value.shape, [1])
       if "bias" in smem:
         value += _rows(by_row["bias"].astype(jnp.float32), value)
@@ -407,7 +408,7 @@ class Kernel:
         plgpu.barrier_wait(
           smem["operand_full"].at[group * self.buffers + buffer]
         )
-        operand = _load(
+        operand = load(
           smem["out"].at[group, buffer].T, _TRANSPOSED, optimized=True
         )
         operand = plgpu.layout_cast(operand, _WGMMA).astype(jnp.float32)
@@ -439,7 +440,7 @@ class Kernel:
     smem["swap"].at[1 - group][...] = jnp.where(is_gate, odd, even)
     plgpu.barrier_arrive(smem["swap_full"].at[1 - group])
     plgpu.barrier_wait(smem["swap_full"].at[group])
-    theirs = _load(smem["swap"].at[group], _WGMMA, optimized=True)
+    theirs = load(smem["swap"].at[group], _WGMMA, optimized=True)
     plgpu.barrier_arrive(smem["swap_free"].at[group])
     mine = jnp.where(is_gate, even, odd)
     gate = jnp.where(is_gate, mine, theirs)
@@ -454,12 +455,6 @@ def _silu(x):
 def _rows(vector, like):
   """Broadcasts one value a row."""
   return lax.broadcast_in_dim(vector, like.shape, [0])
-
-
-def _load(ref, layout, *, optimized=False):
-  """`plgpu.load`; jax 0.10 requires an index, which jax 0.11 deprecates."""
-  index = ((),) if jax.__version_info__ < (0, 11) else ()
-  return plgpu.load(ref, *index, layout=layout, optimized=optimized)
 
 
 def _swizzled(shape, dtype, columns=None):
