@@ -13,8 +13,8 @@ A CTA takes one token, whose values stay in its registers:
   warp 1   | load x, weight | sum x x, max |y| | sync | divide, store |
   ...                                            through shared memory
 
-With few tokens a CTA has many warps, which makes it quick; with many tokens it
-has few, so that several fit on a multiprocessor and memory never rests.
+A CTA has as few warps as can hold a token: fewer are started and synchronised
+sooner, and several CTAs fit on a multiprocessor, so that memory never rests.
 """
 
 import functools
@@ -31,9 +31,8 @@ _F8 = jnp.float8_e4m3fn
 _LANES = 32
 _WARPS = 4  # of a warpgroup
 _VECTORS = (8, 4, 2, 1)  # elements a thread may load at once
-_MOST_ELEMENTS = 64  # of a thread
+_MOST_ELEMENTS = 56  # of a thread
 _MOST_WARPGROUPS = 8
-_FEW_TOKENS = 264  # two for each multiprocessor
 
 
 def supported(x: jax.Array, norm_weight: jax.Array | None = None) -> None:
@@ -50,7 +49,7 @@ def supported(x: jax.Array, norm_weight: jax.Array | None = None) -> None:
       f"a norm weight of {norm_weight is not None and norm_weight.dtype}",
     ),
     (
-      x.shape[-1] % (_WARPS * _LANES) == 0 and bool(_choices(x.shape[-1])),
+      _warpgroups(x.shape[-1]) > 0,
       f"{x.shape[-1]} channels",
     ),
   ):
@@ -74,7 +73,7 @@ def act_quant(
   Args:
     x: bf16 or f32 [T, C].
     norm_weight: bf16 or f32 [C], gain of an RMSNorm; None for no norm.
-    eps: of the norm.
+    eps: of the norm; static.
     rows: rows of the result, T by default; those beyond T are zeros with scale
       1, which spare a matmul of whole tiles from padding its operand.
 
@@ -87,7 +86,7 @@ def act_quant(
   supported(x, norm_weight)
   tokens, channels = x.shape
   rows = rows or tokens
-  warpgroups = _warpgroups(tokens, channels)
+  warpgroups = _warpgroups(channels)
   warps = _WARPS * warpgroups
   shape = warps, channels // warps
   parts = _parts(shape[1])
@@ -171,25 +170,13 @@ def _float(x):
   return x.dtype in (jnp.bfloat16, jnp.float32)
 
 
-def _choices(channels):
-  """Numbers of warpgroups that can share a row of so many channels."""
+def _warpgroups(channels):
+  """How many share a row of so many channels; 0 if none can."""
   unit = _WARPS * _LANES
-  return [
-    n
-    for n in range(1, _MOST_WARPGROUPS + 1)
-    if channels % (n * unit) == 0 and channels <= n * unit * _MOST_ELEMENTS
-  ]
-
-
-def _warpgroups(tokens, channels):
-  """Of a CTA: most of them, or few, among those with the fewest loads."""
-  wanted = 8 if tokens <= _FEW_TOKENS else 32  # elements of a thread
-
-  def cost(n):
-    elements = channels // (n * _WARPS * _LANES)
-    return len(_parts(elements * _LANES)), abs(elements - wanted)
-
-  return min(_choices(channels), key=cost)
+  for n in range(1, _MOST_WARPGROUPS + 1):
+    if channels % (n * unit) == 0 and channels <= n * unit * _MOST_ELEMENTS:
+      return n
+  return 0
 
 
 def _parts(width):

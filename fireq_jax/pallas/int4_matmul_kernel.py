@@ -88,7 +88,10 @@ class Kernel:
       ),
       empty=plgpu.Barrier(num_arrivals=row_groups, num_barriers=stages),
       out=_swizzled(
-        (row_groups, self.buffers, self.piece, ROWS), self.out.dtype
+        (row_groups, self.buffers, self.piece, ROWS),
+        self.out.dtype,
+        # Tiles of a copy hold all rows held, or divide them.
+        ROWS if self.out.dtype.itemsize == 2 else math.gcd(self.held, ROWS),
       ),
       vectors_full=plgpu.Barrier(
         num_arrivals=len(self.vectors), num_barriers=row_groups

@@ -199,6 +199,8 @@ INTERPRETED = [
   (dict(n=128, c=128, t=96, epilogue="add"),
    dict(tile_t=96, stages=2, rows=64)),
   (dict(n=128, c=128, t=96), dict(tile_t=96, stages=2, rows=64)),
+  (dict(n=96 * 2, c=128, t=8, out_dtype=jnp.float32),
+   dict(tile_t=8, stages=2, rows=48)),
 ]  # fmt: skip
 
 
@@ -291,11 +293,14 @@ def test_every_shipped_tuning_compiles_without_spills(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("out_dtype", [BF16, jnp.float32])
 @pytest.mark.parametrize("t", [1, 16, 100, 4096])
-def test_chosen_tunings_lower_for_cuda(mode, t):
+def test_chosen_tunings_lower_for_cuda(mode, t, out_dtype):
   args = shapes(t=t, n=6144, c=4096, mode=mode)
   tuning = tunings.choose(t, args[1])
-  kernel = jax.jit(lambda *args: int4_matmul(*args, tuning=tuning))
+  kernel = jax.jit(
+    lambda *args: int4_matmul(*args, out_dtype=out_dtype, tuning=tuning)
+  )
   text = kernel.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
   assert "mosaic_gpu" in text
 
@@ -309,7 +314,11 @@ TOKENS = [1, 2, 7, 8, 13, 16, 17, 63, 64, 65, 127, 128, 129, 257, 1024, 4096]
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("n, c", [(6144, 4096), (4096, 11008), (512, 2048)])
 def test_kernel_error_is_rounding(n, c, mode):
-  """For every number of tokens, and the same bits on every run."""
+  """For every number of tokens, and the same bits on every run.
+
+  A tensor core keeps about 14 bits of a sum, which shows where one accumulator
+  runs through all of C.
+  """
   rng = np.random.default_rng(6)
   (_, w, _), _ = problem(rng, n, c, 1, kind=mode)
   for t in TOKENS:
@@ -323,7 +332,7 @@ def test_kernel_error_is_rounding(n, c, mode):
     y = kernel(x, w, x_scale)
     wanted = reference.int4_matmul(x, w, x_scale, out_dtype=jnp.float32)
     error = jnp.linalg.norm(y - wanted) / jnp.linalg.norm(wanted)
-    assert error < 2e-3, (t, tuning)
+    assert error < (3e-3 if mode == "e4m3" else 2e-3), (t, tuning)
     for _ in range(20):
       assert bool((kernel(x, w, x_scale) == y).all()), (t, tuning)
 
