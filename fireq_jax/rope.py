@@ -55,3 +55,26 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   return jnp.concatenate(
     [first * cos - second * sin, second * cos + first * sin], axis=-1
   )
+
+
+def scale_keys(
+  q: jax.Array,
+  k: jax.Array,
+  key_scale: jax.Array | None,
+  key_shift: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+  """Makes rotated keys easier to round without changing attention.
+
+  Args:
+    q: f32 [B, T, N, H], divided by `key_scale`.
+    k: f32 [B, T, K, H], multiplied by it; then `key_shift` is subtracted, which
+      adds one number to all scores of a query.
+    key_scale: f32 [K, H] or None.
+    key_shift: f32 [K, H] or None.
+  """
+  if key_scale is not None:
+    k = k * key_scale
+    q = q / jnp.repeat(key_scale, q.shape[2] // k.shape[2], axis=0)
+  if key_shift is not None:
+    k = k - key_shift
+  return q, k

@@ -18,9 +18,11 @@ from fireq_jax.config import Implementation, KVFormat, LlamaConfig
 from fireq_jax.errors import ConfigError
 from fireq_jax.kv_cache import KeyValues, KVCache, LayerCache
 from fireq_jax.linear import RMSNorm, in_features, linear
+from fireq_jax.pallas.device import require_hopper
+from fireq_jax.pallas.rope_append import rope_append
 from fireq_jax.qtensor import QTensor, quantize_e4m3
 from fireq_jax.recipe import PROJECTIONS, Recipe
-from fireq_jax.rope import apply_rope, cos_sin
+from fireq_jax.rope import apply_rope, cos_sin, scale_keys
 
 Params = dict[str, Any]
 
@@ -274,9 +276,13 @@ def decoder_layer(
   )
   heads = lambda x: x.reshape(*x.shape[:-1], -1, config.head_dim)
 
+  appended = None
   with jax.named_scope("qkv"):
     if "qkv_proj" in attn:
-      qkv = heads(project(x, attn["qkv_proj"], norm=input_norm))
+      qkv = project(x, attn["qkv_proj"], norm=input_norm)
+      if cache is not None and not capture:
+        appended = _rope_append(qkv, cache, attn, span, implementation)
+      qkv = heads(qkv)
       query_heads = in_features(attn["o_proj"]["kernel"]) // config.head_dim
       kv_heads = (qkv.shape[2] - query_heads) // 2
       q, k_pre_rope, v = jnp.split(
@@ -287,29 +293,30 @@ def decoder_layer(
         heads(project(x, attn[name], norm=input_norm))
         for name in ("q_proj", "k_proj", "v_proj")
       )
-  with jax.named_scope("rope"):
-    q = apply_rope(q, span.cos, span.sin)
-    k_post_rope = k = apply_rope(k_pre_rope, span.cos, span.sin)
-    if "key_scale" in attn:
-      key_scale = attn["key_scale"]
-      k = k * key_scale
-      q = q / jnp.repeat(key_scale, q.shape[2] // k.shape[2], axis=0)
-    if "key_shift" in attn:
-      # Adds one number to all scores of a query, which softmax ignores.
-      k = k - attn["key_shift"]
+  if appended is not None:
+    q, q_scale, cache = appended
+    keys_values = cache
+  else:
+    with jax.named_scope("rope"):
+      q = apply_rope(q, span.cos, span.sin)
+      k_post_rope = apply_rope(k_pre_rope, span.cos, span.sin)
+      q, k = scale_keys(
+        q, k_post_rope, attn.get("key_scale"), attn.get("key_shift")
+      )
+    with jax.named_scope("append"):
+      if cache is not None:
+        kv = cache.format
+        cache = kv_cache.append(cache, k, v, span.starts, span.counts)
+        keys_values = cache
+      elif kv is not None:
+        keys_values = kv_cache.encode(k, v, kv)
+      else:
+        keys_values = KeyValues(k=k.astype(x.dtype), v=v)
+      if kv is not None and kv.query == "e4m3":
+        q, q_scale = quantize_e4m3(q)
+      else:
+        q, q_scale = q.astype(x.dtype), None
   with jax.named_scope("attention"):
-    if cache is not None:
-      kv = cache.format
-      cache = kv_cache.append(cache, k, v, span.starts, span.counts)
-      keys_values = cache
-    elif kv is not None:
-      keys_values = kv_cache.encode(k, v, kv)
-    else:
-      keys_values = KeyValues(k=k.astype(x.dtype), v=v)
-    if kv is not None and kv.query == "e4m3":
-      q, q_scale = quantize_e4m3(q)
-    else:
-      q, q_scale = q.astype(x.dtype), None
     o_in = attention(
       q,
       q_scale,
@@ -344,6 +351,29 @@ def decoder_layer(
       "down_in": down_in,
     }
   return x, cache, captured
+
+
+def _rope_append(qkv, cache, attn, span, implementation):
+  """Runs the kernel, or returns None where plain JAX must do its work."""
+  if implementation == "xla":
+    return None
+  try:
+    require_hopper()
+    with jax.named_scope("rope_append"):
+      return rope_append(
+        qkv,
+        span.cos,
+        span.sin,
+        cache,
+        span.starts,
+        span.counts,
+        key_scale=attn.get("key_scale"),
+        key_shift=attn.get("key_shift"),
+      )
+  except NotImplementedError:
+    if implementation == "mosaic_gpu":
+      raise
+    return None
 
 
 def _project(x: jax.Array, w: Params, **options: Any) -> jax.Array:

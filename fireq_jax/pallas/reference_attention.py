@@ -6,10 +6,36 @@ Each function has its kernel's signature, without the tuning.
 import jax
 import jax.numpy as jnp
 
+from fireq_jax import kv_cache
 from fireq_jax.attention import attention
-from fireq_jax.kv_cache import KeyValues
+from fireq_jax.kv_cache import KeyValues, LayerCache
 from fireq_jax.pallas.kv_layout import KV_ORDER, unpack_values, unpack_words
-from fireq_jax.qtensor import round_e4m3
+from fireq_jax.qtensor import quantize_e4m3, round_e4m3
+from fireq_jax.rope import apply_rope, scale_keys
+
+
+def rope_append(
+  qkv: jax.Array,
+  cos: jax.Array,
+  sin: jax.Array,
+  cache: LayerCache,
+  starts: jax.Array,
+  counts: jax.Array,
+  *,
+  key_scale: jax.Array | None = None,
+  key_shift: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None, LayerCache]:
+  """Defines `pallas.rope_append.rope_append`."""
+  kv_heads = cache.k.shape[1]
+  rows = qkv.reshape(*qkv.shape[:2], -1, 2 * cos.shape[-1])
+  heads = rows.shape[2] - 2 * kv_heads
+  q, k, v = jnp.split(rows, [heads, heads + kv_heads], axis=2)
+  q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+  q, k = scale_keys(q, k, key_scale, key_shift)
+  cache = kv_cache.append(cache, k, v, starts, counts)
+  if cache.format.query == "e4m3":
+    return *quantize_e4m3(q), cache
+  return q.astype(qkv.dtype), None, cache
 
 
 def decode_attention(

@@ -22,8 +22,8 @@ class Report:
   serialised_wgmma: bool
 
 
-def compile_for_hopper(function, args):
-  """The executable of a function for arguments of these shapes."""
+def compile_for_hopper(function, args, **options):
+  """The executable of jit(function, **options) for arguments of these shapes."""
   topology = topologies.get_topology_desc(
     platform="cuda", target_config=_TARGET.read_text(), topology="1x1x1"
   )
@@ -32,7 +32,7 @@ def compile_for_hopper(function, args):
   args = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args
   )
-  return jax.jit(function).lower(*args).compile()
+  return jax.jit(function, **options).lower(*args).compile()
 
 
 def kernels(executable) -> list[str]:

@@ -1,0 +1,491 @@
+"""Rotates queries and keys, rounds them and appends to an INT4 cache.
+
+From a row of the QKV projection (N query, K key, K value heads of a token):
+
+  q' = rope(q) / key_scale           -> e4m3 codes, scale amax / 448, or bf16
+  k' = rope(k) * key_scale - key_shift  -> INT4 codes, scale amax / 7
+  v                                     -> INT4 codes, scale amax / 7
+
+Codes and scales of keys and values go to their row's place in the cache, which
+is updated in place. The laws are those of `kv_cache.encode` and
+`qtensor.quantize_e4m3`, operation by operation, so that codes are the same
+bits as XLA's.
+
+A warp has one task, and there is no shared memory:
+
+  q   a token, `passes` groups of neighbouring query heads
+  k   the same of key heads
+  v   8 tokens of a value head, those of one octet of the cache
+
+In q and k tasks a thread holds 16 channels: 8 of the lower half of a head and
+the 8 that the rotation mixes with them, so heads are reduced over 8 lanes (4
+where H is 64) and a thread's channels are whole words of codes:
+
+  lane of a head       0        1      ...     7
+  channels          0 - 7    8 - 15         56 - 63
+                   64 - 71  72 - 79        120 - 127
+
+In v tasks a thread holds 4 channels of all 8 tokens, which are 4 whole words of
+the cache (`kv_layout`): no two threads ever write to one word, though tokens of
+a word come from many rows of the projection.
+"""
+
+import dataclasses
+import functools
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from fireq_jax.kv_cache import LayerCache
+from fireq_jax.pallas import threads
+from fireq_jax.pallas.threads import WARP
+
+_OCTET = 8  # tokens of a word of values
+_TINY = float(np.finfo(np.float32).tiny)
+_TO_INTEGER = 1.5 * 2**23  # its sum with x ends in the bits of round(x)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+  """Free choices of the kernel.
+
+  Attributes:
+    passes: groups of heads a warp goes through; None is 1 for few tokens, to
+      be done soon, and 4 for many, to read sines once.
+  """
+
+  passes: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+  """What the program needs to know of its operands' shapes."""
+
+  batch: int
+  length: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  capacity: int
+  query: str
+  scale: str
+  factors: tuple[str, ...]
+  passes: int
+
+  @property
+  def tokens(self) -> int:
+    return self.batch * self.length
+
+  @property
+  def row(self) -> int:
+    """Elements of a token's row of the projection."""
+    return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+  @property
+  def rope_lanes(self) -> int:
+    """Lanes of a query or key head."""
+    return self.head_dim // 16
+
+  @property
+  def value_lanes(self) -> int:
+    return self.head_dim // 4
+
+  @property
+  def octets(self) -> int:
+    """Octets of the cache that the tokens of a sequence may touch."""
+    return (self.length + 2 * _OCTET - 2) // _OCTET
+
+  def chunks(self, heads: int) -> int:
+    """Warps for `heads` heads of a token."""
+    return -(-heads // (WARP // self.rope_lanes * self.passes))
+
+  @property
+  def tasks(self) -> tuple[int, int, int]:
+    """Warps for queries, keys and values."""
+    pairs = self.batch * self.octets * self.kv_heads
+    return (
+      self.tokens * self.chunks(self.heads),
+      self.tokens * self.chunks(self.kv_heads),
+      -(-pairs // (WARP // self.value_lanes)),
+    )
+
+  @property
+  def ctas(self) -> int:
+    return sum(map(_whole_ctas, self.tasks)) * WARP // threads.BLOCK
+
+
+def _whole_ctas(warps: int) -> int:
+  """Warps, so that what follows begins with a new CTA."""
+  per_cta = threads.BLOCK // WARP
+  return -(-warps // per_cta) * per_cta
+
+
+def unsupported(
+  qkv: jax.Array, cos: jax.Array, cache: LayerCache
+) -> str | None:
+  """Why the kernel cannot work on these operands, or None."""
+  head_dim = 2 * cos.shape[-1]
+  if head_dim not in (64, 128):
+    return f"head_dim {head_dim} is neither 64 nor 128"
+  if qkv.dtype != jnp.bfloat16:
+    return f"the projection is {qkv.dtype}, not bf16"
+  if cache.format.cache != "int4":
+    return f"the cache holds {cache.format.cache}, not INT4"
+  largest = max(x.size for x in (qkv, cache.k, cache.v))
+  if largest >= 2**31:
+    return f"{largest} elements are more than 32 bits count"
+  return None
+
+
+def rope_append(
+  qkv: jax.Array,
+  cos: jax.Array,
+  sin: jax.Array,
+  cache: LayerCache,
+  starts: jax.Array,
+  counts: jax.Array,
+  *,
+  key_scale: jax.Array | None = None,
+  key_shift: jax.Array | None = None,
+  tuning: Tuning | None = None,
+) -> tuple[jax.Array, jax.Array | None, LayerCache]:
+  """Makes queries and appends keys and values (FireQ 3.3).
+
+  Token t of row b goes to position `starts[b] + t`; tokens from `counts[b]` on
+  and those beyond the capacity are dropped. Under `jit` with the cache
+  donated, or carried by a loop, the cache is updated in place.
+
+  Args:
+    qkv: bf16 [B, T, (N + 2 K) H], heads of q, then of k, then of v.
+    cos: f32 [B, T, H / 2], as from `rope.cos_sin`.
+    sin: f32 [B, T, H / 2].
+    cache: INT4, of K heads.
+    starts: i32 [B].
+    counts: i32 [B].
+    key_scale: f32 [K, H], multiplies keys and divides queries after RoPE.
+    key_shift: f32 [K, H], subtracted from keys after that.
+    tuning: the free choices.
+
+  Returns:
+    queries [B, T, N, H], e4m3 or bf16 as `cache.format.query` says; their
+    scale f32 [B, T, N], or None of bf16; the cache.
+
+  Raises:
+    NotImplementedError: see `unsupported`.
+  """
+  if reason := unsupported(qkv, cos, cache):
+    raise NotImplementedError(reason)
+  passes = tuning and tuning.passes
+  if passes is None:
+    passes = 1 if qkv.shape[0] * qkv.shape[1] < 1024 else 4
+  factors = {"key_scale": key_scale, "key_shift": key_shift}
+  factors = {name: x for name, x in factors.items() if x is not None}
+  sizes = sizes_of(qkv, cos, cache, passes=passes, factors=tuple(factors))
+  held = [
+    jax.new_ref(x) for x in (cache.k, cache.v, cache.k_scale, cache.v_scale)
+  ]
+
+  def kernel(*refs):
+    threads.run(lambda t, *refs: program(t, sizes, *refs), *refs)
+
+  out = pl.kernel(
+    kernel,
+    outputs_of(sizes),
+    mesh=plgpu.Mesh(grid=(sizes.ctas,), grid_names=("cta",)),
+    compiler_params=plgpu.CompilerParams(
+      lowering_semantics=plgpu.LoweringSemantics.Lane
+    ),
+    name="rope_append",
+  )(qkv, cos, sin, starts, counts, *factors.values(), *held)
+  k, v, k_scale, v_scale = (jax.freeze(x) for x in held)
+  cache = dataclasses.replace(cache, k=k, v=v, k_scale=k_scale, v_scale=v_scale)
+  return out[0], out[1] if sizes.query == "e4m3" else None, cache
+
+
+def sizes_of(
+  qkv: jax.Array,
+  cos: jax.Array,
+  cache: LayerCache,
+  *,
+  passes: int,
+  factors: tuple[str, ...],
+) -> Sizes:
+  batch, length, width = qkv.shape
+  head_dim = 2 * cos.shape[-1]
+  kv_heads, capacity = cache.k.shape[1:3]
+  return Sizes(
+    batch=batch,
+    length=length,
+    heads=width // head_dim - 2 * kv_heads,
+    kv_heads=kv_heads,
+    head_dim=head_dim,
+    capacity=capacity,
+    query=cache.format.query,
+    scale=cache.format.scale,
+    factors=factors,
+    passes=passes,
+  )
+
+
+def outputs_of(sizes: Sizes) -> tuple[jax.ShapeDtypeStruct, ...]:
+  """Queries, and scales where there are any."""
+  shape = (sizes.batch, sizes.length, sizes.heads)
+  if sizes.query == "bf16":
+    return (jax.ShapeDtypeStruct((*shape, sizes.head_dim), jnp.bfloat16),)
+  return (
+    jax.ShapeDtypeStruct((*shape, sizes.head_dim), jnp.float8_e4m3fn),
+    jax.ShapeDtypeStruct(shape, jnp.float32),
+  )
+
+
+def program(t: Any, sizes: Sizes, *refs: Any) -> None:
+  """What a thread does.
+
+  Args:
+    t: a `threads.Threads`.
+    sizes: of the operands.
+    *refs: qkv, cos, sin, starts, counts, key_scale and key_shift where there
+      are any, the four arrays of the cache, queries and their scales if any.
+  """
+  refs = iter(refs)
+  named = dict(zip(("qkv", "cos", "sin", "starts", "counts"), refs))
+  for name, present in (
+    ("key_scale", "key_scale" in sizes.factors),
+    ("key_shift", "key_shift" in sizes.factors),
+    ("k", True),
+    ("v", True),
+    ("k_scales", True),
+    ("v_scales", True),
+    ("q", True),
+    ("q_scales", sizes.query == "e4m3"),
+  ):
+    named[name] = next(refs) if present else None
+  queries, keys, values = sizes.tasks
+  keys_at = _whole_ctas(queries)
+  values_at = keys_at + _whole_ctas(keys)
+  warp = t.warp
+  with t.when(warp < queries):
+    _query_task(t, warp, sizes, **named)
+  with t.when((warp >= keys_at) & (warp < keys_at + keys)):
+    _key_task(t, warp - keys_at, sizes, **named)
+  with t.when((warp >= values_at) & (warp < values_at + values)):
+    _value_task(t, warp - values_at, sizes, **named)
+
+
+def _query_task(
+  t, task, sizes, *, qkv, cos, sin, key_scale, q, q_scales, **_
+):  # fmt: skip
+  h, group = sizes.head_dim, sizes.heads // sizes.kv_heads
+  for token, head, channel, live, low, high in _rotated_heads(
+    t, task, sizes, sizes.heads, 0, qkv, cos, sin
+  ):
+    if key_scale is not None:
+      at = head // group * h + channel
+      low = _each(t.divide, low, _floats(t, key_scale, at, live))
+      high = _each(t.divide, high, _floats(t, key_scale, at + h // 2, live))
+    row = token * sizes.heads + head
+    at = row * h + channel
+    if q_scales is None:
+      for part, index in ((low, at), (high, at + h // 2)):
+        words = [t.pack_bf16(*part[i : i + 2]) for i in range(0, 8, 2)]
+        t.store(q, index, words, live)
+      continue
+    amax = _largest(t, low + high, sizes.rope_lanes)
+    scale = amax * float(np.float32(1 / 448))
+    scale = t.select(scale < _TINY, 1.0, scale)
+    for part, index in ((low, at), (high, at + h // 2)):
+      part = [t.divide(x, scale) for x in part]
+      halves = [t.pack_e4m3(*part[i : i + 2]) for i in range(0, 8, 2)]
+      words = [halves[i] | (halves[i + 1] << 16) for i in (0, 2)]
+      t.store(q, index, words, live)
+    t.store(q_scales, row, [t.bits(scale)], live & (channel < 8))
+
+
+def _key_task(
+  t, task, sizes, *, qkv, cos, sin, starts, counts, key_scale, key_shift, k,
+  k_scales, **_,
+):  # fmt: skip
+  h = sizes.head_dim
+  for token, head, channel, live, low, high in _rotated_heads(
+    t, task, sizes, sizes.kv_heads, sizes.heads, qkv, cos, sin
+  ):
+    at = head * h + channel
+    for ref, change in (
+      (key_scale, lambda x, factor: x * factor),
+      (key_shift, lambda x, shift: x - shift),
+    ):
+      if ref is not None:
+        low = _each(change, low, _floats(t, ref, at, live))
+        high = _each(change, high, _floats(t, ref, at + h // 2, live))
+    b, i = token // sizes.length, token % sizes.length
+    start, count = _place(t, b, starts, counts)
+    place = start + i
+    live = live & (i < count) & (place < sizes.capacity)
+    row = (b * sizes.kv_heads + head) * sizes.capacity + place
+    amax = _largest(t, low + high, sizes.rope_lanes)
+    scale, stored = _scale(t, amax, sizes.scale)
+    first = channel < 8
+    t.store(k_scales, row, [stored], live & first, _SCALE_BITS[sizes.scale])
+    for part, index in ((low, channel), (high, channel + h // 2)):
+      codes = [_code(t, x, scale) for x in part]
+      word = codes[0]
+      for n, code in enumerate(codes[1:], 1):
+        word = word | (code << (4 * n))
+      t.store(k, row * (h // 8) + index // 8, [word], live)
+
+
+def _rotated_heads(t, task, sizes, heads, first, qkv, cos, sin):
+  """Rotates the heads of a task.
+
+  Args:
+    t: the thread.
+    task: its warp's number among those that share `heads` heads.
+    sizes: of the operands.
+    heads: how many there are, of which the first is head `first` of a row.
+
+  Yields:
+    token and head, the first of the thread's 8 lower channels, whether there
+    is such a head; f32 values of the 8 lower and of the 8 upper channels.
+  """
+  h, lanes = sizes.head_dim, sizes.rope_lanes
+  channel = t.lane % lanes * 8
+  chunks = sizes.chunks(heads)
+  token, chunk = task // chunks, task % chunks
+  angles = token * (h // 2) + channel
+  cosines, sines = (_floats(t, ref, angles) for ref in (cos, sin))
+  loaded = []
+  for i in range(sizes.passes):
+    head = (chunk * sizes.passes + i) * (WARP // lanes) + t.lane // lanes
+    live = head < heads
+    at = token * sizes.row + (head + first) * h + channel
+    words = [t.load(qkv, at + half, 4, live) for half in (0, h // 2)]
+    loaded.append((head, live, *words))
+  for head, live, low, high in loaded:
+    low, high = _unpack_bf16(t, low), _unpack_bf16(t, high)
+    angles = zip(low, high, cosines, sines)
+    pairs = [(x * c - y * s, y * c + x * s) for x, y, c, s in angles]
+    low, high = ([pair[i] for pair in pairs] for i in range(2))
+    yield token, head, channel, live, low, high
+
+
+def _value_task(
+  t, task, sizes, *, qkv, starts, counts, v, v_scales, **_
+):  # fmt: skip
+  h, lanes, octets = sizes.head_dim, sizes.value_lanes, sizes.octets
+  unit = task * (WARP // lanes) + t.lane // lanes
+  octet, pair = unit % octets, unit // octets
+  head, b = pair % sizes.kv_heads, pair // sizes.kv_heads
+  exists = b < sizes.batch
+  quad = t.lane % lanes
+  start, count = _place(t, b, starts, counts, exists)
+  octet = octet + start // _OCTET
+  place = octet * _OCTET
+  if sizes.length == 1:  # loaded before its place is known
+    steps = [(start % _OCTET, 0, exists)]
+  else:
+    steps = [
+      (i, token, exists & (token >= 0) & (token < sizes.length))
+      for i, token in ((i, place - start + i) for i in range(_OCTET))
+    ]
+
+  loaded = []
+  for i, token, live in steps:
+    row = (b * sizes.length + token) * sizes.row
+    at = row + (sizes.heads + sizes.kv_heads + head) * h + quad * 4
+    words = t.load(qkv, at, 2, live)
+    live = live & (count >= token + 1) & (place + i < sizes.capacity)
+    loaded.append((i, live, _unpack_bf16(t, words)))
+  masks, codes, scales = [], [], []
+  for i, live, values in loaded:
+    scale, stored = _scale(t, _largest(t, values, lanes), sizes.scale)
+    masks.append(t.select(live, 15, 0) << (i * 4))
+    codes.append(
+      [t.select(live, _code(t, x, scale), 0) << (i * 4) for x in values]
+    )
+    scales.append((i, live, stored))
+
+  head = b * sizes.kv_heads + head
+  blocks = -(-sizes.capacity // 32)
+  at = ((head * blocks + octet // 4) * (h // 4) + quad) * 16 + octet % 4 * 4
+  some = functools.reduce(operator.or_, [live for _, live, _ in scales])
+  mask = functools.reduce(operator.or_, masks)
+  new = [functools.reduce(operator.or_, words) for words in zip(*codes)]
+  # Of words that are written in part, other nibbles stay as they are.
+  part = some
+  if sizes.length > 1:
+    part = some & ~functools.reduce(operator.and_, [x for _, x, _ in scales])
+  old = t.load(v, at, 4, part)
+  t.store(v, at, [(a & ~mask) | b for a, b in zip(old, new)], some)
+
+  # Lane i of a head stores the scale of token i, that of one token lane 0.
+  i, live, stored = scales[-1]
+  for n, (_, other_live, other) in reversed(list(enumerate(scales[:-1]))):
+    live = t.select(quad < n + 1, other_live, live)
+    stored = t.select(quad < n + 1, other, stored)
+  lane = quad if sizes.length > 1 else i
+  own = live & (quad < len(scales))
+  at = head * sizes.capacity + place + lane
+  t.store(v_scales, at, [stored], own, _SCALE_BITS[sizes.scale])
+
+
+_SCALE_BITS = {"bf16": 16, "e4m3": 8, "f32": 32}
+
+
+def _place(t, b, starts, counts, when=None):
+  """Row b's first position and number of tokens."""
+  return t.load(starts, b, 1, when)[0], t.load(counts, b, 1, when)[0]
+
+
+def _floats(t, ref, index, when=None):
+  """8 f32 from `index` on."""
+  words = t.load(ref, index, 4, when) + t.load(ref, index + 4, 4, when)
+  return [t.as_f32(word) for word in words]
+
+
+def _unpack_bf16(t, words):
+  return [
+    t.as_f32(bits) for word in words for bits in (word << 16, word & 0xFFFF0000)
+  ]
+
+
+def _each(function, *lists):
+  return [function(*items) for items in zip(*lists)]
+
+
+def _largest(t, values, lanes):
+  """The largest magnitude in `lanes` neighbouring lanes."""
+  amax = t.absolute(values[0])
+  for x in values[1:]:
+    amax = t.maximum(amax, t.absolute(x))
+  while lanes > 1:
+    lanes //= 2
+    amax = t.maximum(amax, t.shuffle_xor(amax, lanes))
+  return amax
+
+
+def _scale(t, amax, dtype):
+  """The scale of INT4 codes, rounded to `dtype`; and the bits to store."""
+  scale = amax * float(np.float32(1 / 7))
+  match dtype:
+    case "bf16":
+      scale = t.as_f32(t.pack_bf16(scale, scale) & 0xFFFF0000)
+    case "e4m3":
+      scale = t.unpack_e4m3(t.pack_e4m3(scale, scale))
+  scale = t.select(scale < _TINY, 1.0, scale)
+  match dtype:
+    case "bf16":
+      return scale, t.bits(scale) >> 16
+    case "e4m3":
+      return scale, t.pack_e4m3(scale, scale)
+  return scale, t.bits(scale)
+
+
+def _code(t, x, scale):
+  """round(x / scale) in [-7, 7], as a nibble."""
+  x = t.minimum(t.maximum(t.divide(x, scale), -7.0), 7.0)
+  return t.bits(x + _TO_INTEGER) & 15
