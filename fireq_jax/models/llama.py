@@ -277,6 +277,7 @@ def decoder_layer(
   heads = lambda x: x.reshape(*x.shape[:-1], -1, config.head_dim)
 
   appended = None
+  k_post_rope: Any = None
   with jax.named_scope("qkv"):
     if "qkv_proj" in attn:
       qkv = project(x, attn["qkv_proj"], norm=input_norm)

@@ -180,7 +180,7 @@ def rope_append(
   """
   if reason := unsupported(qkv, cos, cache):
     raise NotImplementedError(reason)
-  passes = tuning and tuning.passes
+  passes = tuning.passes if tuning else None
   if passes is None:
     passes = 1 if qkv.shape[0] * qkv.shape[1] < 1024 else 4
   factors = {"key_scale": key_scale, "key_shift": key_shift}
@@ -193,7 +193,7 @@ def rope_append(
   def kernel(*refs):
     threads.run(lambda t, *refs: program(t, sizes, *refs), *refs)
 
-  out = pl.kernel(
+  run: Any = pl.kernel(
     kernel,
     outputs_of(sizes),
     mesh=plgpu.Mesh(grid=(sizes.ctas,), grid_names=("cta",)),
@@ -201,7 +201,8 @@ def rope_append(
       lowering_semantics=plgpu.LoweringSemantics.Lane
     ),
     name="rope_append",
-  )(qkv, cos, sin, starts, counts, *factors.values(), *held)
+  )
+  out = run(qkv, cos, sin, starts, counts, *factors.values(), *held)
   k, v, k_scale, v_scale = (jax.freeze(x) for x in held)
   cache = dataclasses.replace(cache, k=k, v=v, k_scale=k_scale, v_scale=v_scale)
   return out[0], out[1] if sizes.query == "e4m3" else None, cache
@@ -252,8 +253,8 @@ def program(t: Any, sizes: Sizes, *refs: Any) -> None:
     *refs: qkv, cos, sin, starts, counts, key_scale and key_shift where there
       are any, the four arrays of the cache, queries and their scales if any.
   """
-  refs = iter(refs)
-  named = dict(zip(("qkv", "cos", "sin", "starts", "counts"), refs))
+  rest = iter(refs)
+  named = dict(zip(("qkv", "cos", "sin", "starts", "counts"), rest))
   for name, present in (
     ("key_scale", "key_scale" in sizes.factors),
     ("key_shift", "key_shift" in sizes.factors),
@@ -264,7 +265,7 @@ def program(t: Any, sizes: Sizes, *refs: Any) -> None:
     ("q", True),
     ("q_scales", sizes.query == "e4m3"),
   ):
-    named[name] = next(refs) if present else None
+    named[name] = next(rest) if present else None
   queries, keys, values = sizes.tasks
   keys_at = _whole_ctas(queries)
   values_at = keys_at + _whole_ctas(keys)
