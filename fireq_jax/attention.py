@@ -100,11 +100,9 @@ def _mosaic_attention(q, q_scale, kv, starts, counts):
   if k_scale is None or v_scale is None or kv.k.dtype == jnp.float8_e4m3fn:
     raise NotImplementedError(f"the kernels read INT4 keys, not {kv.k.dtype}")
   if isinstance(kv, LayerCache) and q.shape[1] <= decode.MAX_QUERIES:
-    out = decode.decode_attention(
-      q, q_scale, kv.k, k_scale, kv.v, v_scale, starts
+    return decode.decode_attention(
+      q, q_scale, kv.k, k_scale, kv.v, v_scale, starts, counts
     )
-    real = jnp.arange(q.shape[1], dtype=jnp.int32) < counts[:, None]
-    return jnp.where(real[..., None, None], out, 0)
   if q_scale is None:
     raise NotImplementedError("prefill needs e4m3 queries")
   k, v = kv.k, kv.v

@@ -22,7 +22,9 @@ maximum, sum and output, and meets the others only in the merge, through shared
 memory. The bytes stream; the instruction count per block is what it must stay
 above (`int4_fragments` says how words become operands).
 
-With several splits the partial outputs are combined by a second, small kernel.
+With several splits the partial outputs are combined by a second, small kernel
+(`decode_rows`). Queries are read and results written where the rest of the
+model has them.
 """
 
 import dataclasses
@@ -37,10 +39,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fireq_jax.config import check
 from fireq_jax.pallas import int4_fragments as frag
-from fireq_jax.pallas.inline import fence_async_proxy, load, store
+from fireq_jax.pallas.decode_rows import (
+  ROWS,
+  Rows,
+  combine,
+  fill,
+  merged_layout,
+  spread,
+  store,
+)
+from fireq_jax.pallas.inline import fence_async_proxy, load
 
 MAX_QUERIES = 8
-_ROWS = frag.ROWS
 _NEVER = -1e30  # a maximum below every score, finite so that differences are
 _REGISTERS = {1: 232, 2: 232, 3: 152}  # of a consumer, by their number
 
@@ -93,16 +103,12 @@ def best_splits(items: int, blocks: int, ctas: int) -> int:
   return min(range(1, max(1, min(blocks, ctas)) + 1), key=cost)
 
 
-def unsupported(
-  q: jax.Array, k_words: jax.Array, k_scale: jax.Array
-) -> str | None:
+def unsupported(q: jax.Array, k_words: jax.Array) -> str | None:
   """Why the kernel cannot attend with these operands, or None."""
   if q.shape[-1] not in (64, 128):
     return f"head_dim {q.shape[-1]} is neither 64 nor 128"
   if q.dtype not in (jnp.float8_e4m3fn, jnp.bfloat16):
     return f"queries are {q.dtype}, not e4m3 or bf16"
-  if k_scale.dtype not in (jnp.bfloat16, jnp.float32):
-    return f"scales are {k_scale.dtype}, not bf16 or f32"
   if k_words.shape[2] % 16:
     return f"the capacity {k_words.shape[2]} is not a multiple of 16"
   if q.shape[1] > MAX_QUERIES:
@@ -118,6 +124,7 @@ def decode_attention(
   v_words: jax.Array,
   v_scale: jax.Array,
   starts: jax.Array,
+  counts: jax.Array,
   *,
   tuning: Tuning | None = None,
 ) -> jax.Array:
@@ -128,10 +135,11 @@ def decode_attention(
       to `starts[b] + t`.
     q_scale: f32 [B, T, N] of e4m3 queries, else None.
     k_words: uint32 [B, K, S, H / 8], as `kv_layout` packs them.
-    k_scale: bf16 or f32 [B, K, S].
+    k_scale: bf16, e4m3 or f32 [B, K, S].
     v_words: uint32 [B, K, ceil(S / 32), H / 32, 128].
-    v_scale: bf16 or f32 [B, K, S].
+    v_scale: as `k_scale`.
     starts: i32 [B], the position of each row's first query.
+    counts: i32 [B], how many of the T queries are real; others give zeros.
     tuning: the free choices.
 
   Returns:
@@ -140,108 +148,67 @@ def decode_attention(
   Raises:
     NotImplementedError: see `unsupported`.
   """
-  if reason := unsupported(q, k_words, k_scale):
+  if reason := unsupported(q, k_words):
     raise NotImplementedError(reason)
   tuning = tuning or Tuning()
   batch, length, n, head_dim = q.shape
   kv_heads, capacity = k_words.shape[1:3]
   group = n // kv_heads
-  rows = length * group
-  blocks = -(-rows // _ROWS)  # of query rows; each is an item of its own
+  # Threads share heads evenly only where these are a power of two.
+  padded = max(1 << (group - 1).bit_length(), 128 // head_dim)
+
+  def pad(x):
+    x = x.reshape(batch, length, kv_heads, group, -1)
+    x = jnp.pad(x, ((0, 0),) * 3 + ((0, padded - group), (0, 0)))
+    return x.reshape(batch, length, kv_heads * padded, -1)
+
+  if padded != group:
+    q = pad(q)
+    q_scale = None if q_scale is None else pad(q_scale)[..., 0]
+  rows = Rows.of(length, padded)
   if tuning.splits is None:
     splits = best_splits(
-      batch * kv_heads * blocks, -(-capacity // tuning.block), tuning.ctas
+      batch * kv_heads * rows.items, -(-capacity // tuning.block), tuning.ctas
     )
     tuning = dataclasses.replace(tuning, splits=splits)
-
-  def by_head(x):
-    """[B, T, N, ...] -> [B, K blocks, ROWS, ...], padded with zeros."""
-    x = jnp.moveaxis(x.reshape(batch, length, kv_heads, group, -1), 2, 1)
-    x = x.reshape(batch, kv_heads, rows, -1)
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, blocks * _ROWS - rows), (0, 0)))
-    return x.reshape(batch, kv_heads * blocks, _ROWS, -1)
-
-  if q_scale is None:
-    q_scale = jnp.ones((batch, length, n), jnp.float32)
-  log2_scale = q_scale * (math.log2(math.e) * head_dim**-0.5)
-  out, stats = _kernel(
-    by_head(q),
-    by_head(log2_scale)[..., 0],
-    k_words,
-    k_scale,
-    v_words,
-    v_scale,
-    starts,
-    group=group,
-    queries=length,
-    tuning=tuning,
-  )
-  used = min(rows, _ROWS)  # of the rows of each block
-  out, stats = out[..., :used, :], stats[..., :used]
-  out = out[:, :, 0] if tuning.splits == 1 else _combine(out, stats)
-  out = out.reshape(batch, kv_heads, blocks * used, head_dim)[:, :, :rows]
-  out = out.reshape(batch, kv_heads, length, group, head_dim)
-  return jnp.moveaxis(out, 1, 2).reshape(q.shape)
-
-
-def _fill(value, shape, layout):
-  return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-
-def _spread(x, shape, axis, layout):
-  return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, (axis,)), layout)
-
-
-def _merged_layout(head_dim):
-  """[ROWS, H], 1 / 16 of a row a thread."""
-  return plgpu.Layout.TILED(
-    plgpu.Tiling(((_ROWS, head_dim), (2, head_dim), (head_dim // 16,))),
-    warp_dims=(-5,),
-    lane_dims=(-3, -2),
-    vector_dim=-1,
-  )
-
-
-def _combine(sums, stats):
-  """[B, K, splits, ROWS, H] and [.., 2, ROWS] -> bf16 [B, K, ROWS, H]."""
-  peak, total = stats[:, :, :, 0], stats[:, :, :, 1]
-  weight = jnp.exp2(peak - peak.max(axis=2, keepdims=True))
-  total = jnp.sum(total * weight, axis=2)[..., None]
-  out = jnp.sum(sums * weight[..., None], axis=2)
-  return (out / jnp.where(total > 0, total, 1.0)).astype(jnp.bfloat16)
+  operands = (q, q_scale, k_words, k_scale, v_words, v_scale, starts, counts)
+  out = _kernel(*operands, rows=rows, tuning=tuning)
+  if padded != group:
+    out = out.reshape(batch, length, kv_heads, padded, head_dim)
+    out = out[:, :, :, :group].reshape(batch, length, n, head_dim)
+  return out
 
 
 def _kernel(
-  q, q_scale, k_words, k_scale, v_words, v_scale, starts, *, group, queries,
+  q, q_scale, k_words, k_scale, v_words, v_scale, starts, counts, *, rows,
   tuning,
 ):  # fmt: skip
-  """Runs the kernel on query rows [B, K blocks, ROWS, ...].
+  """Runs the kernel, and that of `_combine` where there are several splits.
 
-  Returns:
-    [B, K blocks, splits, ROWS, H]: bf16 outputs if there is one split, else
-    f32 sums; and f32 [B, K blocks, splits, 2, ROWS], maxima and sums of
-    weights.
+  Operands are those of `decode_attention`; heads of a kv head are a power of
+  two.
   """
-  batch, heads, rows, head_dim = q.shape
+  batch, queries, _, head_dim = q.shape
+  kv_heads = k_words.shape[1]
   block, stages, nc = tuning.block, tuning.stages, tuning.consumers
   splits = tuning.splits
-  row_blocks = heads // k_words.shape[1]
   # Rows of 128 words are copied faster than rows of one token.
   k_row = 1024 // head_dim
   k_words = k_words.reshape(*k_words.shape[:2], -1, 128)
+  heads = kv_heads * rows.items  # items of a sequence
   items = batch * heads * splits
   ctas = min(tuning.ctas, items)
-  merged = _merged_layout(head_dim)
+  merged = merged_layout(rows.heads, head_dim)
   partials = 4 * nc
-  out_dtype = jnp.bfloat16 if splits == 1 else jnp.float32
+  log2_scale = math.log2(math.e) * head_dim**-0.5
 
   def kernel(
-    q_gmem, qs_gmem, k_gmem, ks_gmem, v_gmem, vs_gmem, start_gmem,
-    out_gmem, stat_gmem,
-    *,
+    q_gmem, k_gmem, ks_gmem, v_gmem, vs_gmem, start_gmem, count_gmem, *rest,
     q_smem, k_smem, ks_smem, v_smem, vs_smem, o_smem, m_smem, l_smem,
     full, empty, q_full, q_empty, merge_ready, merge_done,
   ):  # fmt: skip
+    qs_gmem = None if q_scale is None else rest[0]
+    out_gmem, *stat_gmem = rest[0 if q_scale is None else 1 :]
     wg = lax.axis_index("wg")
     cta = lax.axis_index("cta")
     my_items = lax.div(items - cta + ctas - 1, ctas)
@@ -252,19 +219,47 @@ def _kernel(
       split = lax.rem(item, splits)
       head = lax.rem(lax.div(item, splits), heads)
       b = lax.div(item, splits * heads)
-      length = start_gmem[b] + queries
+      start, real = start_gmem[b], count_gmem[b]
+      length = jnp.where(real > 0, start + real, 0)
       blocks = lax.div(length + (block - 1), block)
       share = lax.div(blocks + (splits - 1), splits)
       first = lax.min(split * share, blocks)
       count = lax.min(share, blocks - first)
-      return b, head, split, first, count, length
+      return b, head, split, first, count, start, real
+
+    def merge_part(b, head, split, token, part, real):
+      """Adds up what the warps have of one token's heads."""
+      rows_of = lambda ref, p: ref.at[
+        p // 4, pl.ds(p % 4 * ROWS + part * rows.heads, rows.heads)
+      ]
+      stat = lambda ref, p: load(rows_of(ref, p), merged.reduce(1))
+      top = functools.reduce(
+        jnp.maximum, [stat(m_smem, p) for p in range(partials)]
+      )
+      total = fill(0.0, (rows.heads,), merged.reduce(1))
+      out = fill(0.0, (rows.heads, head_dim), merged)
+      for p in range(partials):
+        weight = jnp.exp2(stat(m_smem, p) - top)
+        total = total + weight * stat(l_smem, p)
+        out = out + load(rows_of(o_smem, p), merged) * spread(
+          weight, out.shape, 0, merged
+        )
+      share = jnp.where(token < real, 1.0, 0.0)
+      if splits == 1:
+        place = b, token, rows.place(head)[2]
+        store(out, total, share, out_gmem, place, merged)
+      else:
+        out_gmem.at[b, head, split, part][...] = out * share
+        stat_gmem[0].at[b, head, split, part, 0][...] = top
+        stat_gmem[0].at[b, head, split, part, 1][...] = total * share
 
     @pl.when(wg == nc)
     def produce():
       plgpu.set_max_registers(40, action="decrease")
 
       def item(i, issued):
-        b, head, _, first, count, _ = span(i)
+        b, head, _, first, count, _, _ = span(i)
+        kv_head, token, query_head = rows.place(head)
         slot = lax.rem(i, 2)
 
         @pl.when(i >= 2)
@@ -272,9 +267,16 @@ def _kernel(
           plgpu.barrier_wait(q_empty.at[slot])
           fence_async_proxy()
 
-        plgpu.copy_gmem_to_smem(
-          q_gmem.at[b, head], q_smem.at[slot], q_full.at[slot]
-        )
+        for part in range(rows.parts):
+          plgpu.copy_gmem_to_smem(
+            q_gmem.at[
+              b,
+              lax.min(token + part, queries - 1),
+              pl.ds(query_head, rows.heads),
+            ],
+            q_smem.at[slot, pl.ds(part * rows.heads, rows.heads)],
+            q_full.at[slot],
+          )
 
         def step(j, _):
           stage = lax.rem(issued + j, stages)
@@ -287,7 +289,6 @@ def _kernel(
           token = (first + j) * block
           tokens = pl.ds(token, block)
           k_rows = pl.ds(lax.div(token, k_row), block // k_row)
-          kv_head = lax.div(head, row_blocks)
           blocks = pl.ds(lax.div(token, 32), block // 32)
           for source, target in (
             (k_gmem.at[b, kv_head, k_rows], k_smem),
@@ -318,13 +319,24 @@ def _kernel(
       plgpu.set_max_registers(_REGISTERS[nc], action="increase")
 
       def item(i, done):
-        b, head, split, first, count, length = span(i)
+        b, head, split, first, count, start, real = span(i)
+        _, first_token, query_head = rows.place(head)
         slot = lax.rem(i, 2)
         plgpu.barrier_wait(q_full.at[slot])
         q = load(q_smem.at[slot], frag.queries(head_dim))
         q = q.astype(jnp.float32).astype(jnp.bfloat16)
         plgpu.barrier_arrive(q_empty.at[slot])
-        q_scale = load(qs_gmem.at[b, head], frag.PER_ROW)
+        # One multiplication by what no score can do without.
+        x_scale = fill(log2_scale, (ROWS,), frag.PER_ROW)
+        if qs_gmem is not None:
+          row = plgpu.broadcasted_iota(
+            jnp.int32, (ROWS,), 0, layout=frag.PER_ROW
+          )
+          for r in range(rows.parts * rows.heads):
+            token = lax.min(first_token + r // rows.heads, queries - 1)
+            scale = qs_gmem[b, token, query_head + r % rows.heads]
+            scale = fill(scale * log2_scale, (ROWS,), frag.PER_ROW)
+            x_scale = jnp.where(row == r, scale, x_scale)
         nothing = plgpu.layout_cast(
           jnp.zeros((block // k_row, 128), jnp.uint32),
           frag.key_words(head_dim),
@@ -341,19 +353,18 @@ def _kernel(
           x = frag.key_products(keys, q)
           shape = x.shape
           x = x - bias
-          per_token = lambda ref: _spread(
+          per_token = lambda ref: spread(
             load(ref.at[stage], frag.PER_TOKEN).astype(jnp.float32),
             shape, 0, frag.SCORES,
           )  # fmt: skip
           x = x * per_token(ks_smem)
-          x = x * _spread(q_scale, shape, 1, frag.SCORES)
+          x = x * spread(x_scale, shape, 1, frag.SCORES)
           if masked:
             iota = functools.partial(
               plgpu.broadcasted_iota, jnp.int32, shape, layout=frag.SCORES
             )
             token = iota(0) + (first + index) * block
-            row = lax.rem(head, row_blocks) * _ROWS + iota(1)
-            last = length - queries + lax.div(row, group)
+            last = start + first_token + lax.div(iota(1), rows.heads)
             x = jnp.where(token <= last, x, -jnp.inf)
           m_new = jnp.maximum(m, frag.warp_max(x))
           alpha = jnp.exp2(m - m_new)
@@ -362,7 +373,7 @@ def _kernel(
           l = l * decay + p
           p = frag.to_bf16(p * per_token(vs_smem))
           p_sum = p_sum * decay + p.astype(jnp.float32)
-          acc = acc * _spread(alpha, acc.shape, 0, frag.OUTPUTS)
+          acc = acc * spread(alpha, acc.shape, 0, frag.OUTPUTS)
           values = load(v_smem.at[stage], frag.value_words(head_dim))
           acc = frag.value_products(acc, p, values)
           plgpu.barrier_arrive(empty.at[stage])
@@ -371,13 +382,13 @@ def _kernel(
         mine = lax.rem(wg + nc - lax.rem(done, nc), nc)
         n = lax.div(lax.max(count - mine, 0) + nc - 1, nc)
         # Blocks whose tokens all queries may see come first.
-        whole = lax.div(lax.max(length - queries + 1, 0), block) - first
+        whole = lax.div(start + 1, block) - first
         n_whole = lax.min(n, lax.div(lax.max(whole - mine, 0) + nc - 1, nc))
         carry = (
-          _fill(0.0, (4 * _ROWS, head_dim), frag.OUTPUTS),
-          _fill(_NEVER, (4 * _ROWS,), frag.STATS),
-          _fill(0.0, (block, _ROWS), frag.SCORES),
-          _fill(0.0, (block, _ROWS), frag.SCORES),
+          fill(0.0, (4 * ROWS, head_dim), frag.OUTPUTS),
+          fill(_NEVER, (4 * ROWS,), frag.STATS),
+          fill(0.0, (block, ROWS), frag.SCORES),
+          fill(0.0, (block, ROWS), frag.SCORES),
         )
         loop = lambda lo, hi, masked, c: lax.fori_loop(
           lo, hi, functools.partial(body, masked=masked), c
@@ -387,69 +398,55 @@ def _kernel(
 
         # Merge the warps of all consumers; they take turns to do it.
         l, p_sum = frag.warp_sum(l), frag.warp_sum(p_sum)
-        acc = acc - _spread(frag.BIAS * p_sum, acc.shape, 0, frag.OUTPUTS)
+        acc = acc - spread(frag.BIAS * p_sum, acc.shape, 0, frag.OUTPUTS)
 
         @pl.when(i > 0)
         def _():
           plgpu.barrier_wait(merge_done)
 
-        store(m_smem.at[wg], m)
-        store(l_smem.at[wg], l)
-        store(o_smem.at[wg], acc)
+        m_smem.at[wg][...] = m
+        l_smem.at[wg][...] = l
+        o_smem.at[wg][...] = acc
         plgpu.barrier_arrive(merge_ready)
         plgpu.barrier_wait(merge_ready)
 
         @pl.when(lax.rem(i, nc) == wg)
         def merge():
-          part = lambda ref, p: ref.at[p // 4, pl.ds(p % 4 * _ROWS, _ROWS)]
-          stat = lambda ref, p: load(part(ref, p), merged.reduce(1))
-          top = functools.reduce(
-            jnp.maximum, [stat(m_smem, p) for p in range(partials)]
-          )
-          total = _fill(0.0, (_ROWS,), merged.reduce(1))
-          out = _fill(0.0, (_ROWS, head_dim), merged)
-          for p in range(partials):
-            weight = jnp.exp2(stat(m_smem, p) - top)
-            total = total + weight * stat(l_smem, p)
-            out = out + load(part(o_smem, p), merged) * _spread(
-              weight, out.shape, 0, merged
-            )
+          for part in range(rows.parts):
+            merge_part(b, head, split, first_token + part, part, real)
           plgpu.barrier_arrive(merge_done)
-          if splits == 1:
-            out = out * _spread(
-              jnp.where(total > 0, 1.0 / total, 0.0), out.shape, 0, merged
-            )
-          store(out_gmem.at[b, head, split], out.astype(out_dtype))
-          store(stat_gmem.at[b, head, split, 0], top)
-          store(stat_gmem.at[b, head, split, 1], total)
 
         return done + count
 
       lax.fori_loop(0, my_items, item, jnp.int32(0))
       plgpu.barrier_wait(merge_done)
 
-  return plgpu.kernel(
+  out_type = [jax.ShapeDtypeStruct(q.shape, jnp.bfloat16)]
+  if splits > 1:
+    shape = (batch, heads, splits, rows.parts)
+    out_type = [
+      jax.ShapeDtypeStruct((*shape, rows.heads, head_dim), jnp.float32),
+      jax.ShapeDtypeStruct((*shape, 2, rows.heads), jnp.float32),
+    ]
+  out = plgpu.kernel(
     kernel,
-    out_type=(
-      jax.ShapeDtypeStruct((batch, heads, splits, rows, head_dim), out_dtype),
-      jax.ShapeDtypeStruct((batch, heads, splits, 2, rows), jnp.float32),
-    ),
+    out_type=out_type,
     grid=(ctas,),
     grid_names=("cta",),
     num_threads=nc + 1,
     thread_name="wg",
     scratch_types=dict(
-      q_smem=plgpu.SMEM((2, rows, head_dim), q.dtype),
+      q_smem=plgpu.SMEM((2, ROWS, head_dim), q.dtype),
       k_smem=plgpu.SMEM((stages, block // k_row, 128), jnp.uint32),
       ks_smem=plgpu.SMEM((stages, block), k_scale.dtype),
       v_smem=plgpu.SMEM((stages, block // 32, head_dim // 32, 128), jnp.uint32),
       vs_smem=plgpu.SMEM((stages, block), v_scale.dtype),
-      o_smem=plgpu.SMEM((nc, 4 * rows, head_dim), jnp.float32),
-      m_smem=plgpu.SMEM((nc, 4 * rows), jnp.float32),
-      l_smem=plgpu.SMEM((nc, 4 * rows), jnp.float32),
+      o_smem=plgpu.SMEM((nc, 4 * ROWS, head_dim), jnp.float32),
+      m_smem=plgpu.SMEM((nc, 4 * ROWS), jnp.float32),
+      l_smem=plgpu.SMEM((nc, 4 * ROWS), jnp.float32),
       full=plgpu.Barrier(num_arrivals=4, num_barriers=stages),
       empty=plgpu.Barrier(num_arrivals=1, num_barriers=stages),
-      q_full=plgpu.Barrier(num_barriers=2),
+      q_full=plgpu.Barrier(num_arrivals=rows.parts, num_barriers=2),
       q_empty=plgpu.Barrier(num_arrivals=nc, num_barriers=2),
       merge_ready=plgpu.Barrier(num_arrivals=nc),
       merge_done=plgpu.Barrier(),
@@ -460,4 +457,8 @@ def _kernel(
       lowering_semantics=plgpu.LoweringSemantics.Lane,
     ),
     kernel_name="decode_attention",
-  )(q, q_scale, k_words, k_scale, v_words, v_scale, starts)
+  )(
+    *(q, k_words, k_scale, v_words, v_scale, starts, counts),
+    *(() if q_scale is None else (q_scale,)),
+  )
+  return out[0] if splits == 1 else combine(*out, shape=q.shape, rows=rows)

@@ -46,6 +46,7 @@ def decode_attention(
   v_words: jax.Array,
   v_scale: jax.Array,
   starts: jax.Array,
+  counts: jax.Array,
 ) -> jax.Array:
   """Defines `pallas.decode_attention.decode_attention`."""
   kv = KeyValues(
@@ -54,7 +55,6 @@ def decode_attention(
     k_scale=jnp.swapaxes(k_scale.astype(jnp.float32), 1, 2),
     v_scale=jnp.swapaxes(v_scale.astype(jnp.float32), 1, 2),
   )
-  counts = jnp.full(q.shape[0], q.shape[1], jnp.int32)
   if q_scale is not None:  # P stays bf16, as with bf16 queries
     q = q.astype(jnp.float32) * q_scale[..., None]
   return attention(

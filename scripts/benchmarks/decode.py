@@ -73,6 +73,7 @@ def _measure(batch, context, q_heads, kv_heads, head_dim) -> dict:
       words(keys[3], *values),
       scale(keys[4]),
       jnp.full(batch, context - 1, jnp.int32),
+      jnp.ones(batch, jnp.int32),
     )
 
   size = batch * kv_heads * context * (head_dim + 2 * 2)

@@ -40,7 +40,9 @@ def exact(q, k, k_scale, v, v_scale, starts):
   return np.einsum("bnts,bsnh->btnh", p, v)
 
 
-def codes_and_scales(seed, batch, tokens, kv_heads, head_dim):
+def codes_and_scales(
+  seed, batch, tokens, kv_heads, head_dim, dtype=jnp.bfloat16
+):
   keys = jax.random.split(jax.random.key(seed), 4)
   shape = (batch, tokens, kv_heads)
   codes = [
@@ -48,7 +50,7 @@ def codes_and_scales(seed, batch, tokens, kv_heads, head_dim):
     for key in keys[:2]
   ]
   scales = [
-    jnp.exp(jax.random.normal(key, shape) * 0.5 - 2).astype(jnp.bfloat16)
+    jnp.exp(jax.random.normal(key, shape) * 0.5 - 2).astype(dtype)
     for key in keys[2:]
   ]
   return codes[0], scales[0], codes[1], scales[1]
@@ -66,15 +68,18 @@ def errors(got, plain, want):
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (8, 1)], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (8, 2), (32, 2)], ids=str)
 @pytest.mark.parametrize("queries", [1, 3, 8])
 @pytest.mark.parametrize("query", ["e4m3", "bf16"])
-def test_decode(head_dim, heads, queries, query):
+@pytest.mark.parametrize("scale", [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_decode(head_dim, heads, queries, query, scale):
   capacity, kv_heads = 1040, heads[1]
   starts = np.array([0, 1, 2, 30, 31, 127, 128, 129, 500, 1040 - queries])
   k, k_scale, v, v_scale = codes_and_scales(
-    queries, len(starts), capacity, kv_heads, head_dim
+    queries, len(starts), capacity, kv_heads, head_dim, scale
   )
+  counts = np.full(len(starts), queries)
+  counts[[1, 3]] = 0, queries - 1
   shape = (len(starts), queries, heads[0], head_dim)
   q, q_scale = jax.random.normal(jax.random.key(9), shape, jnp.bfloat16), None
   value = q
@@ -91,14 +96,18 @@ def test_decode(head_dim, heads, queries, query):
     kv_layout.pack_values(padded),
     by_head(v_scale),
     jnp.asarray(starts, jnp.int32),
+    jnp.asarray(counts, jnp.int32),
   )
   want = exact(value, k, k_scale, v, v_scale, starts)
+  padding = np.arange(queries) >= counts[:, None]
+  want[padding] = 0
   plain = reference_attention.decode_attention(*operands)
   for splits in (1, 5):
     tuning = decode_attention.Tuning(splits=splits)
     got = decode_attention.decode_attention(*operands, tuning=tuning)
     ours, theirs = errors(got, plain, want)
     assert (ours <= 2 * theirs + SLACK).all(), (ours, theirs)
+    assert not np.asarray(got, np.float32)[padding].any()
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

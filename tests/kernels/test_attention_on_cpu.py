@@ -41,6 +41,7 @@ def decode_operands(batch, queries, q_heads, kv_heads, head_dim, tokens, **how):
     shape((batch, kv_heads, *values), jnp.uint32),
     scale,
     shape((batch,), jnp.int32),
+    shape((batch,), jnp.int32),
   )
 
 
@@ -66,6 +67,8 @@ def prefill_operands(batch, length, q_heads, kv_heads, head_dim, tokens):
     ((1, 1, 32, 8, 64, 65536), {"query": BF16}),
     ((2, 8, 32, 8, 128, 1040), {"scale": F32}),
     ((3, 5, 4, 4, 64, 16), {}),
+    ((2, 3, 6, 2, 128, 64), {"scale": E4M3}),
+    ((2, 2, 32, 2, 64, 64), {}),
   ],
 )
 def test_decode(sizes, how):
@@ -97,7 +100,6 @@ def test_prefill(sizes):
     ((1, 9, 4, 2, 64, 64), {}),
     ((1, 1, 4, 2, 64, 72), {}),
     ((1, 1, 4, 2, 64, 64), {"query": F32}),
-    ((1, 1, 4, 2, 64, 64), {"scale": E4M3}),
   ],
 )
 def test_decode_says_what_it_cannot_do(sizes, how):
@@ -146,12 +148,13 @@ def test_kernels_compile_without_spills(tmp_path, monkeypatch):
     [
       (decode, decode_operands(64, 1, 32, 8, 128, 8192)),
       (decode, decode_operands(1, 4, 32, 8, 64, 65536, query=BF16)),
+      (decode, decode_operands(16, 1, 32, 32, 128, 4096, scale=E4M3)),
       (prefill, prefill_operands(1, 4096, 32, 8, 128, 4096)),
       (prefill, prefill_operands(2, 300, 8, 8, 64, 512)),
     ],
     tmp_path,
   )
-  assert len(reports) == 4
+  assert len(reports) == 6  # the second has a kernel that combines
   for report in reports:
     assert report.spilled_bytes == 0 and not report.serialised_wgmma
 
@@ -175,24 +178,30 @@ def close(got, want, tolerance):
 
 
 @pytest.mark.parametrize(
-  "head_dim, queries, starts, splits",
-  [(128, 1, [130], 1), (64, 3, [5, 200], 2)],
+  "heads, head_dim, starts, counts, splits, scale",
+  [
+    (4, 128, [130], [1], 1, BF16),
+    (4, 64, [5, 200], [3, 2], 2, BF16),
+    (2, 64, [0, 140], [0, 1], 1, E4M3),
+    (12, 128, [40], [2], 1, F32),
+  ],
 )
-def test_interpreted_decode(head_dim, queries, starts, splits):
+def test_interpreted_decode(heads, head_dim, starts, counts, splits, scale):
   mosaic_interpreter = interpreter()
-  batch, tokens = len(starts), 272
+  batch, queries, tokens = len(starts), max(counts), 272
   bits = lambda seed, *shape: jnp.asarray(
     np.random.default_rng(seed).integers(0, 2**32, shape, np.uint32)
   )
   values = kv_layout.values_shape(tokens, head_dim)
   operands = (
-    random((batch, queries, 4, head_dim), 0, -100, 100, E4M3),
-    random((batch, queries, 4), 1, 0.02, 0.03, F32),
+    random((batch, queries, heads, head_dim), 0, -100, 100, E4M3),
+    random((batch, queries, heads), 1, 0.02, 0.03, F32),
     bits(2, batch, 1, tokens, head_dim // 8),
-    random((batch, 1, tokens), 3, 0.05, 0.15, BF16),
+    random((batch, 1, tokens), 3, 0.05, 0.15, scale),
     bits(4, batch, 1, *values),
-    random((batch, 1, tokens), 5, 0.05, 0.15, BF16),
+    random((batch, 1, tokens), 5, 0.05, 0.15, scale),
     jnp.asarray(starts, jnp.int32),
+    jnp.asarray(counts, jnp.int32),
   )
   tuning = decode_attention.Tuning(consumers=2, stages=2, splits=splits, ctas=1)
   want = reference_attention.decode_attention(*operands)
@@ -200,6 +209,8 @@ def test_interpreted_decode(head_dim, queries, starts, splits):
     got = decode_attention.decode_attention(*operands, tuning=tuning)
     assert not races()
   assert close(got, want, 4e-3)
+  padding = np.arange(queries) >= np.asarray(counts)[:, None]
+  assert not np.asarray(got, np.float32)[padding].any()
 
 
 def test_interpreted_prefill():
