@@ -13,7 +13,7 @@ bits as XLA's.
 
 A warp has one task, and there is no shared memory:
 
-  q   a token, `passes` groups of neighbouring query heads
+  q   `tokens` tokens, a group of neighbouring query heads
   k   the same of key heads
   v   8 tokens of a value head, those of one octet of the cache
 
@@ -55,11 +55,12 @@ class Tuning:
   """Free choices of the kernel.
 
   Attributes:
-    passes: groups of heads a warp goes through; None is 1 for few tokens, to
-      be done soon, and 4 for many, to read sines once.
+    tokens: tokens a warp takes of its heads; None is 1 where there are few,
+      to be done soon, and 4 where there are many, to have more loads under way
+      and `key_scale` at hand.
   """
 
-  passes: int | None = None
+  tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +76,7 @@ class Sizes:
   query: str
   scale: str
   factors: tuple[str, ...]
-  passes: int
+  tokens_a_warp: int
 
   @property
   def tokens(self) -> int:
@@ -101,16 +102,17 @@ class Sizes:
     return (self.length + 2 * _OCTET - 2) // _OCTET
 
   def chunks(self, heads: int) -> int:
-    """Warps for `heads` heads of a token."""
-    return -(-heads // (WARP // self.rope_lanes * self.passes))
+    """Groups of `heads` query or key heads, each of a warp."""
+    return -(-heads // (WARP // self.rope_lanes))
 
   @property
   def tasks(self) -> tuple[int, int, int]:
     """Warps for queries, keys and values."""
+    tokens = -(-self.tokens // self.tokens_a_warp)
     pairs = self.batch * self.octets * self.kv_heads
     return (
-      self.tokens * self.chunks(self.heads),
-      self.tokens * self.chunks(self.kv_heads),
+      tokens * self.chunks(self.heads),
+      tokens * self.chunks(self.kv_heads),
       -(-pairs // (WARP // self.value_lanes)),
     )
 
@@ -180,12 +182,12 @@ def rope_append(
   """
   if reason := unsupported(qkv, cos, cache):
     raise NotImplementedError(reason)
-  passes = tuning.passes if tuning else None
-  if passes is None:
-    passes = 1 if qkv.shape[0] * qkv.shape[1] < 1024 else 4
+  tokens = tuning.tokens if tuning else None
+  if tokens is None:
+    tokens = 1 if qkv.shape[0] * qkv.shape[1] < 1024 else 4
   factors = {"key_scale": key_scale, "key_shift": key_shift}
   factors = {name: x for name, x in factors.items() if x is not None}
-  sizes = sizes_of(qkv, cos, cache, passes=passes, factors=tuple(factors))
+  sizes = sizes_of(qkv, cos, cache, tokens=tokens, factors=tuple(factors))
   held = [
     jax.new_ref(x) for x in (cache.k, cache.v, cache.k_scale, cache.v_scale)
   ]
@@ -213,7 +215,7 @@ def sizes_of(
   cos: jax.Array,
   cache: LayerCache,
   *,
-  passes: int,
+  tokens: int,
   factors: tuple[str, ...],
 ) -> Sizes:
   batch, length, width = qkv.shape
@@ -229,7 +231,7 @@ def sizes_of(
     query=cache.format.query,
     scale=cache.format.scale,
     factors=factors,
-    passes=passes,
+    tokens_a_warp=tokens,
   )
 
 
@@ -287,8 +289,9 @@ def _query_task(
   ):
     if key_scale is not None:
       at = head // group * h + channel
-      low = _each(t.divide, low, _floats(t, key_scale, at, live))
-      high = _each(t.divide, high, _floats(t, key_scale, at + h // 2, live))
+      exists = head < sizes.heads
+      low = _each(t.divide, low, _floats(t, key_scale, at, exists))
+      high = _each(t.divide, high, _floats(t, key_scale, at + h // 2, exists))
     row = token * sizes.heads + head
     at = row * h + channel
     if q_scales is None:
@@ -321,10 +324,11 @@ def _key_task(
       (key_shift, lambda x, shift: x - shift),
     ):
       if ref is not None:
-        low = _each(change, low, _floats(t, ref, at, live))
-        high = _each(change, high, _floats(t, ref, at + h // 2, live))
+        exists = head < sizes.kv_heads
+        low = _each(change, low, _floats(t, ref, at, exists))
+        high = _each(change, high, _floats(t, ref, at + h // 2, exists))
     b, i = token // sizes.length, token % sizes.length
-    start, count = _place(t, b, starts, counts)
+    start, count = _place(t, b, starts, counts, live)
     place = start + i
     live = live & (i < count) & (place < sizes.capacity)
     row = (b * sizes.kv_heads + head) * sizes.capacity + place
@@ -356,18 +360,18 @@ def _rotated_heads(t, task, sizes, heads, first, qkv, cos, sin):
   h, lanes = sizes.head_dim, sizes.rope_lanes
   channel = t.lane % lanes * 8
   chunks = sizes.chunks(heads)
-  token, chunk = task // chunks, task % chunks
-  angles = token * (h // 2) + channel
-  cosines, sines = (_floats(t, ref, angles) for ref in (cos, sin))
+  head = task % chunks * (WARP // lanes) + t.lane // lanes
   loaded = []
-  for i in range(sizes.passes):
-    head = (chunk * sizes.passes + i) * (WARP // lanes) + t.lane // lanes
-    live = head < heads
+  for i in range(sizes.tokens_a_warp):
+    token = task // chunks * sizes.tokens_a_warp + i
+    live = (head < heads) & (token < sizes.tokens)
     at = token * sizes.row + (head + first) * h + channel
-    words = [t.load(qkv, at + half, 4, live) for half in (0, h // 2)]
-    loaded.append((head, live, *words))
-  for head, live, low, high in loaded:
+    low, high = (t.load(qkv, at + half, 4, live) for half in (0, h // 2))
+    loaded.append((token, live, low, high))
+  for token, live, low, high in loaded:
     low, high = _unpack_bf16(t, low), _unpack_bf16(t, high)
+    at = token * (h // 2) + channel
+    cosines, sines = (_floats(t, ref, at, live) for ref in (cos, sin))
     angles = zip(low, high, cosines, sines)
     pairs = [(x * c - y * s, y * c + x * s) for x, y, c, s in angles]
     low, high = ([pair[i] for pair in pairs] for i in range(2))
@@ -437,7 +441,7 @@ def _value_task(
 _SCALE_BITS = {"bf16": 16, "e4m3": 8, "f32": 32}
 
 
-def _place(t, b, starts, counts, when=None):
+def _place(t, b, starts, counts, when):
   """Row b's first position and number of tokens."""
   return t.load(starts, b, 1, when)[0], t.load(counts, b, 1, when)[0]
 
