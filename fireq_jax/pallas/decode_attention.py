@@ -22,8 +22,8 @@ maximum, sum and output, and meets the others only in the merge, through shared
 memory. The bytes stream; the instruction count per block is what it must stay
 above (`int4_fragments` says how words become operands).
 
-With several splits the partial outputs are combined by a second, small kernel
-(`decode_rows`). Queries are read and results written where the rest of the
+With several splits, the last one of a sequence and head to end combines what
+all have left in memory (`decode_rows.finish`). Queries are read and results written where the rest of the
 model has them.
 """
 
@@ -42,8 +42,8 @@ from fireq_jax.pallas import int4_fragments as frag
 from fireq_jax.pallas.decode_rows import (
   ROWS,
   Rows,
-  combine,
   fill,
+  finish,
   merged_layout,
   spread,
   store,
@@ -183,12 +183,12 @@ def _kernel(
   q, q_scale, k_words, k_scale, v_words, v_scale, starts, counts, *, rows,
   tuning,
 ):  # fmt: skip
-  """Runs the kernel, and that of `_combine` where there are several splits.
+  """Runs the kernel.
 
   Operands are those of `decode_attention`; heads of a kv head are a power of
   two.
   """
-  batch, queries, _, head_dim = q.shape
+  batch, queries, n, head_dim = q.shape
   kv_heads = k_words.shape[1]
   block, stages, nc = tuning.block, tuning.stages, tuning.consumers
   splits = tuning.splits
@@ -208,7 +208,7 @@ def _kernel(
     full, empty, q_full, q_empty, merge_ready, merge_done,
   ):  # fmt: skip
     qs_gmem = None if q_scale is None else rest[0]
-    out_gmem, *stat_gmem = rest[0 if q_scale is None else 1 :]
+    out_gmem, *split_gmem = rest[0 if q_scale is None else 1 :]
     wg = lax.axis_index("wg")
     cta = lax.axis_index("cta")
     my_items = lax.div(items - cta + ctas - 1, ctas)
@@ -249,9 +249,19 @@ def _kernel(
         place = b, token, rows.place(head)[2]
         store(out, total, share, out_gmem, place, merged)
       else:
-        out_gmem.at[b, head, split, part][...] = out * share
-        stat_gmem[0].at[b, head, split, part, 0][...] = top
-        stat_gmem[0].at[b, head, split, part, 1][...] = total * share
+        number = (b * heads + head) * rows.parts + part
+        out_at = (b * queries + token) * n + rows.place(head)[2]
+        place = number, split, out_at * head_dim, token < queries
+        refs = (*split_gmem, out_gmem)
+        finish(
+          out * share,
+          top,
+          total * share,
+          place,
+          refs,
+          splits=splits,
+          layout=merged,
+        )
 
     @pl.when(wg == nc)
     def produce():
@@ -423,10 +433,10 @@ def _kernel(
 
   out_type = [jax.ShapeDtypeStruct(q.shape, jnp.bfloat16)]
   if splits > 1:
-    shape = (batch, heads, splits, rows.parts)
-    out_type = [
+    shape = (batch * heads * rows.parts, splits)
+    out_type += [
       jax.ShapeDtypeStruct((*shape, rows.heads, head_dim), jnp.float32),
-      jax.ShapeDtypeStruct((*shape, 2, rows.heads), jnp.float32),
+      jax.ShapeDtypeStruct((*shape, max(rows.heads, 4), 2), jnp.float32),
     ]
   out = plgpu.kernel(
     kernel,
@@ -461,4 +471,4 @@ def _kernel(
     *(q, k_words, k_scale, v_words, v_scale, starts, counts),
     *(() if q_scale is None else (q_scale,)),
   )
-  return out[0] if splits == 1 else combine(*out, shape=q.shape, rows=rows)
+  return out[0]

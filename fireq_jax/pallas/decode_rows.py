@@ -8,6 +8,8 @@ the largest maximum.
 
 import dataclasses
 import functools
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,7 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fireq_jax.pallas import int4_fragments as frag
-from fireq_jax.pallas.inline import load
+from fireq_jax.pallas.inline import elements
+from fireq_jax.pallas.threads import BLOCK, WARP, Register, Threads
 
 ROWS = frag.ROWS
 
@@ -79,55 +82,6 @@ def merged_layout(rows, head_dim):
   )
 
 
-def combine(
-  sums: jax.Array, stats: jax.Array, *, shape: tuple[int, ...], rows: Rows
-) -> jax.Array:
-  """Adds up the splits.
-
-  Args:
-    sums: f32 [B, items, splits, parts, heads, H].
-    stats: f32 [B, items, splits, parts, 2, heads].
-    shape: of the result, [B, T, N, H].
-    rows: the items.
-
-  Returns:
-    bf16 [B, T, N, H].
-  """
-  batch, items, splits, parts, heads, head_dim = sums.shape
-  layout = merged_layout(heads, head_dim)
-
-  def kernel(sum_gmem, stat_gmem, out_gmem):
-    b, item, part = (lax.axis_index(name) for name in ("b", "item", "part"))
-    _, token, head = rows.place(item)
-    stat = lambda i: [
-      load(stat_gmem.at[b, item, i, part, which], layout.reduce(1))
-      for which in range(2)
-    ]
-    stats = [stat(i) for i in range(splits)]
-    sums = [load(sum_gmem.at[b, item, i, part], layout) for i in range(splits)]
-    top = functools.reduce(jnp.maximum, [peak for peak, _ in stats])
-    total = fill(0.0, (heads,), layout.reduce(1))
-    out = fill(0.0, (heads, head_dim), layout)
-    for (peak, partial), x in zip(stats, sums):
-      weight = jnp.exp2(peak - top)
-      total = total + weight * partial
-      out = out + x * spread(weight, x.shape, 0, layout)
-    place = b, token + part, head
-    store(out, total, jnp.float32(1), out_gmem, place, layout)
-
-  return plgpu.kernel(
-    kernel,
-    out_type=jax.ShapeDtypeStruct(shape, jnp.bfloat16),
-    grid=(batch, items, parts),
-    grid_names=("b", "item", "part"),
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True,
-      lowering_semantics=plgpu.LoweringSemantics.Lane,
-    ),
-    kernel_name="decode_attention_combine",
-  )(sums, stats)
-
-
 def store(out, total, real, out_gmem, place, layout):
   """Writes out / total, or zeros unless `real`, to the heads at `place`."""
   b, token, head = place
@@ -137,3 +91,118 @@ def store(out, total, real, out_gmem, place, layout):
   @pl.when(token < out_gmem.shape[1])
   def _():
     out_gmem.at[b, token, pl.ds(head, out.shape[0])][...] = out
+
+
+def finish(
+  sums: jax.Array,
+  top: jax.Array,
+  total: jax.Array,
+  place: tuple[Any, ...],
+  refs: tuple[Any, ...],
+  *,
+  splits: int,
+  layout: Any,
+) -> None:
+  """Leaves a split's part in memory; the last split to come adds up all.
+
+  Args:
+    sums: f32 [heads, H] of this split, in `layout`.
+    top: f32 [heads].
+    total: f32 [heads].
+    place: i32 scalars: number of the part, the split, element of the result
+      where the part's heads begin, and whether to write it.
+    refs: sums f32 [parts, splits, heads, H] and stats f32 [parts, splits,
+      max(heads, 4), 2] of all splits, and the result.
+    splits: how many there are.
+    layout: `merged_layout`.
+  """
+  per_row = layout.reduce(1)
+  heads, head_dim = sums.shape
+  spread_out = lambda x: plgpu.layout_cast(
+    jnp.broadcast_to(x.astype(jnp.int32), (heads,)), per_row
+  )
+
+  def emit(_, sums, top, total, *rest):
+    place = [_registers(x)[0] for x in rest[:4]]
+    finish_program(
+      Threads(),
+      _registers(sums),
+      _registers(top)[0],
+      _registers(total)[0],
+      place,
+      rest[4:],
+      shape=(refs[0].shape[0], splits, heads, head_dim),
+    )
+
+  plgpu.inline_mgpu(
+    arg_types=(layout, *(per_row,) * 6, *(plgpu.RefType(),) * 3)
+  )(emit)(sums, top, total, *map(spread_out, place), *refs)
+
+
+def _registers(x):
+  return [Register(e) for r in x.registers.flat for e in elements(r)]
+
+
+def finish_program(
+  t: Any,
+  values: list[Any],
+  top: Any,
+  total: Any,
+  place: Sequence[Any],
+  refs: Sequence[Any],
+  *,
+  shape: tuple[int, int, int, int],
+) -> None:
+  """What a thread does in `finish`, with its registers of the arguments."""
+  parts, splits, heads, head_dim = shape
+  sums, stats, out = refs
+  part, split, out_at, wanted = place
+  width = len(values)
+  warp = t.index // WARP
+  per_row = BLOCK // heads  # threads
+  row, column = t.index // per_row, t.index % per_row * width
+  copies, copy = (heads, row) if heads >= 4 else (4, warp)
+  at = lambda split: (part * splits + split) * heads + row
+  step = min(width, 4)
+  starts = range(0, width, step)
+
+  # A warp reads only what its namesakes wrote, so each writes its rows' numbers.
+  stat_at = lambda split: ((part * splits + split) * copies + copy) * 2
+  first = t.lane % min(per_row, WARP) < 1
+  t.store(stats, stat_at(split), [t.bits(top), t.bits(total)], first)
+  words = [t.bits(x) for x in values]
+  for i in starts:
+    index = at(split) * head_dim + column + i
+    t.store(sums, index, words[i : i + step])
+  t.fence()
+  arrived = t.arrive(part * 4 + warp, parts * 4, splits)
+  with t.when(arrived >= splits - 1):
+    t.fence()
+    read = lambda ref, index, n: [t.as_f32(x) for x in t.load(ref, index, n)]
+    stats = [read(stats, stat_at(s), 2) for s in range(splits)]
+    columns = [
+      [
+        x
+        for i in starts
+        for x in read(sums, at(s) * head_dim + column + i, step)
+      ]
+      for s in range(splits)
+    ]
+    top = functools.reduce(t.maximum, [peak for peak, _ in stats])
+    weights = [t.exp2(peak - top) for peak, _ in stats]
+    add = lambda xs: functools.reduce(operator.add, xs)
+    total = add([weight * x for weight, (_, x) in zip(weights, stats)])
+    # Without tokens there are no values either.
+    total = t.select(total < 1e-30, 1.0, total)
+    out_values = [
+      t.divide(add([w * x for w, x in zip(weights, xs)]), total)
+      for xs in zip(*columns)
+    ]
+    index = out_at + row * head_dim + column
+    wanted = wanted >= 1
+    if width == 1:
+      x = out_values[0]
+      t.store(out, index, [t.pack_bf16(x, x)], wanted, 16)
+      return
+    words = [t.pack_bf16(*out_values[i : i + 2]) for i in range(0, width, 2)]
+    t.store(out, index, words, wanted)

@@ -98,8 +98,13 @@ class Threads:
     return cta * warps + Register(mgpu.utils.warp_idx())
 
   @property
+  def index(self) -> Register:
+    """The thread's number in its warpgroup."""
+    return Register(_index(gpu.thread_id(gpu.Dimension.x))) % BLOCK
+
+  @property
   def lane(self) -> Register:
-    return Register(_index(gpu.thread_id(gpu.Dimension.x))) % WARP
+    return self.index % WARP
 
   def load(
     self, ref: Any, index: Any, words: int, when: Register | None = None
@@ -148,6 +153,39 @@ class Threads:
       operands.append(_word(when))
     llvm.inline_asm(None, operands, text, constraints, has_side_effects=True)
 
+  def fence(self) -> None:
+    """Orders a thread's accesses to memory before it with those after it."""
+    llvm.inline_asm(
+      None, [], "fence.acq_rel.gpu;", "~{memory}", has_side_effects=True
+    )
+
+  def arrive(self, counter: Register, counters: int, of: int) -> Register:
+    """Counts the warps that come to one of `counters` counters.
+
+    Each of the program's launches must bring `of` warps to it. Counters are
+    the kernel's own, zero when it is loaded and again after the last arrival,
+    so launches of the kernel must not overlap; in a stream they do not.
+
+    Returns:
+      How many came before.
+    """
+    text = (
+      "{ .reg .pred p; .reg .b64 a;"
+      f" .global .align 4 .u32 arrived[{counters}];"
+      " bar.warp.sync 0xffffffff; setp.eq.s32 p, $2, 0; mov.b64 a, arrived;"
+      " mad.wide.u32 a, $1, 4, a;"
+      f" @p atom.global.acq_rel.gpu.inc.u32 $0, [a], {of - 1};"
+      " shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff; }"
+    )
+    out = llvm.inline_asm(
+      i32(),
+      [counter.value, self.lane.value],
+      text,
+      "=&r,r,r,~{memory}",
+      has_side_effects=True,
+    )
+    return Register(out)
+
   @contextlib.contextmanager
   def when(self, condition: Register) -> Iterator[None]:
     """Runs what is inside only where all lanes of the warp agree to."""
@@ -182,6 +220,9 @@ class Threads:
 
   def minimum(self, a: Register, b: Any) -> Register:
     return _f32("min.NaN.f32 $0, $1, $2;", a, _as_register(b, a))
+
+  def exp2(self, x: Register) -> Register:
+    return _f32("ex2.approx.ftz.f32 $0, $1;", x)
 
   def divide(self, a: Register, b: Register) -> Register:
     """a / b to 2 units in the last place, where 2^-126 <= |b| <= 2^126.

@@ -16,6 +16,7 @@ class NumpyThreads:
   def __init__(self, ctas: int):
     threads = np.arange(ctas * 128)
     self.warp, self.lane = threads // WARP, threads % WARP
+    self.index = threads % 128
     self._active = np.ones(threads.size, bool)
     self._owners = {}  # id of an array -> thread that writes each byte
 
@@ -41,6 +42,22 @@ class NumpyThreads:
     owners[place] = self._threads(active)
     _bytes(ref)[place] = data
 
+  def fence(self):
+    """All threads meet here: what follows sees what came before."""
+    for owners in self._owners.values():
+      owners[:] = -1
+
+  def arrive(self, counter, counters, of):
+    came = np.zeros(counters, np.int64)
+    before = np.zeros(self.lane.size, np.int64)
+    for warp in range(self.lane.size // WARP):
+      mine = slice(warp * WARP, (warp + 1) * WARP)
+      if self._active[mine].any():
+        before[mine] = came[counter[mine][0]]
+        came[counter[mine][0]] += 1
+    assert np.isin(came, (0, of)).all(), "an arrival is missing"
+    return before
+
   def _threads(self, active):
     return np.flatnonzero(active)[:, None]
 
@@ -63,7 +80,8 @@ class NumpyThreads:
     return x[np.arange(x.size) ^ lanes]
 
   def select(self, condition, yes, no):
-    dtype = np.float32 if isinstance(yes, float) else np.result_type(yes, no)
+    floats = any(np.asarray(x).dtype.kind == "f" for x in (yes, no))
+    dtype = np.float32 if floats else np.result_type(yes, no)
     return np.where(condition, yes, no).astype(dtype)
 
   def as_f32(self, x):
@@ -81,6 +99,9 @@ class NumpyThreads:
 
   def minimum(self, a, b):
     return np.minimum(a, np.float32(b))
+
+  def exp2(self, x):
+    return np.exp2(x)
 
   def divide(self, a, b):
     with np.errstate(all="ignore"):  # of lanes without a head
