@@ -107,13 +107,13 @@ class Sizes:
 
   @property
   def tasks(self) -> tuple[int, int, int]:
-    """Warps for queries, keys and values."""
+    """Warps for values, keys and queries, those that take longest first."""
     tokens = -(-self.tokens // self.tokens_a_warp)
     pairs = self.batch * self.octets * self.kv_heads
     return (
-      tokens * self.chunks(self.heads),
-      tokens * self.chunks(self.kv_heads),
       -(-pairs // (WARP // self.value_lanes)),
+      tokens * self.chunks(self.kv_heads),
+      tokens * self.chunks(self.heads),
     )
 
   @property
@@ -268,16 +268,16 @@ def program(t: Any, sizes: Sizes, *refs: Any) -> None:
     ("q_scales", sizes.query == "e4m3"),
   ):
     named[name] = next(rest) if present else None
-  queries, keys, values = sizes.tasks
-  keys_at = _whole_ctas(queries)
-  values_at = keys_at + _whole_ctas(keys)
+  values, keys, queries = sizes.tasks
+  keys_at = _whole_ctas(values)
+  queries_at = keys_at + _whole_ctas(keys)
   warp = t.warp
-  with t.when(warp < queries):
-    _query_task(t, warp, sizes, **named)
+  with t.when(warp < values):
+    _value_task(t, warp, sizes, **named)
   with t.when((warp >= keys_at) & (warp < keys_at + keys)):
     _key_task(t, warp - keys_at, sizes, **named)
-  with t.when((warp >= values_at) & (warp < values_at + values)):
-    _value_task(t, warp - values_at, sizes, **named)
+  with t.when((warp >= queries_at) & (warp < queries_at + queries)):
+    _query_task(t, warp - queries_at, sizes, **named)
 
 
 def _query_task(
