@@ -46,9 +46,9 @@ from fireq_jax.pallas.decode_rows import (
   finish,
   merged_layout,
   spread,
-  store,
+  write,
 )
-from fireq_jax.pallas.inline import fence_async_proxy, load
+from fireq_jax.pallas.inline import fence_async_proxy, load, store
 
 MAX_QUERIES = 8
 _NEVER = -1e30  # a maximum below every score, finite so that differences are
@@ -247,7 +247,7 @@ def _kernel(
       share = jnp.where(token < real, 1.0, 0.0)
       if splits == 1:
         place = b, token, rows.place(head)[2]
-        store(out, total, share, out_gmem, place, merged)
+        write(out, total, share, out_gmem, place, merged)
       else:
         number = (b * heads + head) * rows.parts + part
         out_at = (b * queries + token) * n + rows.place(head)[2]
@@ -414,9 +414,9 @@ def _kernel(
         def _():
           plgpu.barrier_wait(merge_done)
 
-        m_smem.at[wg][...] = m
-        l_smem.at[wg][...] = l
-        o_smem.at[wg][...] = acc
+        store(m_smem.at[wg], m)
+        store(l_smem.at[wg], l)
+        store(o_smem.at[wg], acc)
         plgpu.barrier_arrive(merge_ready)
         plgpu.barrier_wait(merge_ready)
 

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fireq_jax.pallas import int4_fragments as frag
-from fireq_jax.pallas.inline import elements
+from fireq_jax.pallas.inline import elements, store
 from fireq_jax.pallas.threads import BLOCK, WARP, Register, Threads
 
 ROWS = frag.ROWS
@@ -82,7 +82,7 @@ def merged_layout(rows, head_dim):
   )
 
 
-def store(out, total, real, out_gmem, place, layout):
+def write(out, total, real, out_gmem, place, layout):
   """Writes out / total, or zeros unless `real`, to the heads at `place`."""
   b, token, head = place
   share = jnp.where(total > 0, real / total, 0.0)
@@ -90,7 +90,7 @@ def store(out, total, real, out_gmem, place, layout):
 
   @pl.when(token < out_gmem.shape[1])
   def _():
-    out_gmem.at[b, token, pl.ds(head, out.shape[0])][...] = out
+    store(out_gmem.at[b, token, pl.ds(head, out.shape[0])], out)
 
 
 def finish(

@@ -13,7 +13,7 @@ bits as XLA's.
 
 A warp has one task, and there is no shared memory:
 
-  q   `tokens` tokens, a group of neighbouring query heads
+  q   a token, `passes` groups of neighbouring query heads
   k   the same of key heads
   v   8 tokens of a value head, those of one octet of the cache
 
@@ -55,12 +55,11 @@ class Tuning:
   """Free choices of the kernel.
 
   Attributes:
-    tokens: tokens a warp takes of its heads; None is 1 where there are few,
-      to be done soon, and 4 where there are many, to have more loads under way
-      and `key_scale` at hand.
+    passes: groups of heads a warp goes through; None is 1 for few tokens, to
+      be done soon, and 4 for many, to load sines once.
   """
 
-  tokens: int | None = None
+  passes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +75,7 @@ class Sizes:
   query: str
   scale: str
   factors: tuple[str, ...]
-  tokens_a_warp: int
+  passes: int
 
   @property
   def tokens(self) -> int:
@@ -102,18 +101,17 @@ class Sizes:
     return (self.length + 2 * _OCTET - 2) // _OCTET
 
   def chunks(self, heads: int) -> int:
-    """Groups of `heads` query or key heads, each of a warp."""
-    return -(-heads // (WARP // self.rope_lanes))
+    """Warps for `heads` query or key heads of a token."""
+    return -(-heads // (WARP // self.rope_lanes * self.passes))
 
   @property
   def tasks(self) -> tuple[int, int, int]:
     """Warps for values, keys and queries, those that take longest first."""
-    tokens = -(-self.tokens // self.tokens_a_warp)
     pairs = self.batch * self.octets * self.kv_heads
     return (
       -(-pairs // (WARP // self.value_lanes)),
-      tokens * self.chunks(self.kv_heads),
-      tokens * self.chunks(self.heads),
+      self.tokens * self.chunks(self.kv_heads),
+      self.tokens * self.chunks(self.heads),
     )
 
   @property
@@ -182,12 +180,12 @@ def rope_append(
   """
   if reason := unsupported(qkv, cos, cache):
     raise NotImplementedError(reason)
-  tokens = tuning.tokens if tuning else None
-  if tokens is None:
-    tokens = 1 if qkv.shape[0] * qkv.shape[1] < 1024 else 4
+  passes = tuning.passes if tuning else None
+  if passes is None:
+    passes = 1 if qkv.shape[0] * qkv.shape[1] < 1024 else 4
   factors = {"key_scale": key_scale, "key_shift": key_shift}
   factors = {name: x for name, x in factors.items() if x is not None}
-  sizes = sizes_of(qkv, cos, cache, tokens=tokens, factors=tuple(factors))
+  sizes = sizes_of(qkv, cos, cache, passes=passes, factors=tuple(factors))
   held = [
     jax.new_ref(x) for x in (cache.k, cache.v, cache.k_scale, cache.v_scale)
   ]
@@ -215,7 +213,7 @@ def sizes_of(
   cos: jax.Array,
   cache: LayerCache,
   *,
-  tokens: int,
+  passes: int,
   factors: tuple[str, ...],
 ) -> Sizes:
   batch, length, width = qkv.shape
@@ -231,7 +229,7 @@ def sizes_of(
     query=cache.format.query,
     scale=cache.format.scale,
     factors=factors,
-    tokens_a_warp=tokens,
+    passes=passes,
   )
 
 
@@ -289,9 +287,8 @@ def _query_task(
   ):
     if key_scale is not None:
       at = head // group * h + channel
-      exists = head < sizes.heads
-      low = _each(t.divide, low, _floats(t, key_scale, at, exists))
-      high = _each(t.divide, high, _floats(t, key_scale, at + h // 2, exists))
+      low = _each(t.divide, low, _floats(t, key_scale, at, live))
+      high = _each(t.divide, high, _floats(t, key_scale, at + h // 2, live))
     row = token * sizes.heads + head
     at = row * h + channel
     if q_scales is None:
@@ -324,9 +321,8 @@ def _key_task(
       (key_shift, lambda x, shift: x - shift),
     ):
       if ref is not None:
-        exists = head < sizes.kv_heads
-        low = _each(change, low, _floats(t, ref, at, exists))
-        high = _each(change, high, _floats(t, ref, at + h // 2, exists))
+        low = _each(change, low, _floats(t, ref, at, live))
+        high = _each(change, high, _floats(t, ref, at + h // 2, live))
     b, i = token // sizes.length, token % sizes.length
     start, count = _place(t, b, starts, counts, live)
     place = start + i
@@ -360,18 +356,18 @@ def _rotated_heads(t, task, sizes, heads, first, qkv, cos, sin):
   h, lanes = sizes.head_dim, sizes.rope_lanes
   channel = t.lane % lanes * 8
   chunks = sizes.chunks(heads)
-  head = task % chunks * (WARP // lanes) + t.lane // lanes
+  token, chunk = task // chunks, task % chunks
+  angles = token * (h // 2) + channel
+  cosines, sines = (_floats(t, ref, angles) for ref in (cos, sin))
   loaded = []
-  for i in range(sizes.tokens_a_warp):
-    token = task // chunks * sizes.tokens_a_warp + i
-    live = (head < heads) & (token < sizes.tokens)
+  for i in range(sizes.passes):
+    head = (chunk * sizes.passes + i) * (WARP // lanes) + t.lane // lanes
+    live = head < heads
     at = token * sizes.row + (head + first) * h + channel
-    low, high = (t.load(qkv, at + half, 4, live) for half in (0, h // 2))
-    loaded.append((token, live, low, high))
-  for token, live, low, high in loaded:
+    words = [t.load(qkv, at + half, 4, live) for half in (0, h // 2)]
+    loaded.append((head, live, *words))
+  for head, live, low, high in loaded:
     low, high = _unpack_bf16(t, low), _unpack_bf16(t, high)
-    at = token * (h // 2) + channel
-    cosines, sines = (_floats(t, ref, at, live) for ref in (cos, sin))
     angles = zip(low, high, cosines, sines)
     pairs = [(x * c - y * s, y * c + x * s) for x, y, c, s in angles]
     low, high = ([pair[i] for pair in pairs] for i in range(2))
