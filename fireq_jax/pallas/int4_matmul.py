@@ -137,10 +137,6 @@ def supported(
       f"groups of {w.group} with scales of {w.scale.dtype}",
     ),
     (
-      c % BLOCK == 0 or c < BLOCK,
-      f"an input size of {c}, not a multiple of {BLOCK}",
-    ),
-    (
       jnp.dtype(out_dtype) in (jnp.bfloat16, jnp.float32),
       f"an output of {out_dtype}",
     ),
@@ -149,8 +145,8 @@ def supported(
       f"epilogue {epilogue} with operand {operand is not None}",
     ),
     (
-      not w.gated or (epilogue == "linear" and bias is None),
-      f"epilogue {epilogue} or a bias of a gated matmul",
+      not w.gated or epilogue == "linear",
+      f"epilogue {epilogue} of a gated matmul",
     ),
   ):
     if not ok:
@@ -202,7 +198,7 @@ def int4_matmul(
     epilogue=epilogue,
     out_dtype=out_dtype,
   )
-  n = w.shape[0]
+  n, c = w.shape
   check(
     tuning.rows == 2 * ROWS
     or (not w.gated and (tuning.rows == ROWS or n % tuning.rows == 0)),
@@ -211,12 +207,8 @@ def int4_matmul(
   )
   tokens = tokens or x.shape[0]
   rows = rows_of(tokens)
-
-  def padded(a):
-    missing = 0 if a is None else rows - a.shape[0]
-    return jnp.pad(a, ((0, missing), (0, 0))) if missing else a
-
-  x, operand = padded(x), padded(operand)
+  x = _padded(x, rows, pl.cdiv(c, BLOCK) * BLOCK if c > BLOCK else c)
+  operand = None if operand is None else _padded(operand, rows, n)
   inputs = dict(
     x=x,
     codes=w.codes,
@@ -240,3 +232,8 @@ def int4_matmul(
 def rows_of(tokens: int) -> int:
   """Rows the kernel runs on: TMA copies 8 at once, or fewer if those are all."""
   return tokens if tokens <= 8 else pl.cdiv(tokens, 8) * 8
+
+
+def _padded(x, rows, columns):
+  missing = rows - x.shape[0], columns - x.shape[1]
+  return jnp.pad(x, [(0, m) for m in missing]) if any(missing) else x

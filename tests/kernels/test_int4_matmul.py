@@ -102,8 +102,13 @@ def test_reference_epilogues_agree_with_numpy():
     )
     np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-3)
   both = layouts.pack_int4_weights([gate, up], gated=True)
-  y = reference.int4_matmul(x, both, x_scale, out_dtype=jnp.float32)
-  np.testing.assert_allclose(y, silu(g) * u, rtol=1e-4, atol=1e-3)
+  bias = rng.normal(size=128).astype(np.float32)
+  y = reference.int4_matmul(
+    x, both, x_scale, bias=jnp.asarray(bias), out_dtype=jnp.float32
+  )
+  np.testing.assert_allclose(
+    y, silu(g + bias[:64]) * (u + bias[64:]), rtol=1e-4, atol=1e-3
+  )
 
 
 @pytest.mark.parametrize("lowest, activation", [(-7, "e4m3"), (-8, "bf16")])
@@ -132,7 +137,7 @@ def test_projections_that_do_not_fit_are_refused():
   "n, c, x_dtype, reason",
   [
     (96, 128, E4M3, "multiples of 64"),
-    (128, 192, E4M3, "not a multiple of 128"),
+    (128, 160, E4M3, "multiples of 64"),
     (128, 128, BF16, "bfloat16"),
   ],
 )
@@ -187,7 +192,11 @@ INTERPRETED = [
    dict(tile_t=8, stages=2, rows=64, interleave=2, ctas=2)),
   (dict(n=192, c=512, t=7), dict(tile_t=8, stages=4, rows=48, interleave=4)),
   (dict(n=128, c=256, t=1, epilogue="add"), dict(tile_t=8, stages=2, rows=64)),
-  (dict(n=256, c=256, t=3, gated=True), dict(tile_t=16, stages=2)),
+  (dict(n=256, c=256, t=3, gated=True, bias=True),
+   dict(tile_t=16, stages=2)),
+  (dict(n=64, c=192, t=9, group=64, lowest=-8),
+   dict(tile_t=16, stages=2, rows=64, blocks=2)),
+  (dict(n=64, c=64, t=8, group=64), dict(tile_t=8, stages=1, rows=64)),
   (dict(n=256, c=512, t=24, gated=True), dict(tile_t=16, stages=2)),
   (dict(n=128, c=256, t=16, kind="exact", epilogue="add", bias=True),
    dict(tile_t=16, stages=2)),
@@ -342,7 +351,7 @@ EPILOGUES = {
   "add": dict(epilogue="add", bias=True),
   "mul": dict(epilogue="mul"),
   "silu": dict(epilogue="silu"),
-  "gated": dict(gated=True),
+  "gated": dict(gated=True, bias=True),
   "minus_8": dict(lowest=-8, epilogue="add"),
   "group_64": dict(group=64, epilogue="add"),
   "exact": dict(kind="exact", epilogue="add"),
