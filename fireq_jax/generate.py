@@ -59,14 +59,15 @@ class _Request:
     tokens: i32 [B, P].
     lengths: i32 [B].
     keys: PRNG keys [B]; row b's t-th token uses fold_in(keys[b], t).
-    temperature: f32 [B].
+    temperature: f32 [B], or None if all are 0: the program then only takes
+      the most likely tokens.
     top_p: f32 [B].
   """
 
   tokens: jax.Array
   lengths: jax.Array
   keys: jax.Array
-  temperature: jax.Array
+  temperature: jax.Array | None
   top_p: jax.Array
 
 
@@ -279,8 +280,9 @@ def _check_request(
       "top_p must be above 0 and at most 1",
       got=nucleus.tolist(),
     )
+  greedy = _known(heat) and not heat.any()
   if key is None:
-    check(_known(heat) and not heat.any(), "sampling needs a key")
+    check(greedy, "sampling needs a key")
     key = jax.random.key(0)
   elif not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
     key = jax.random.wrap_key_data(key)
@@ -294,7 +296,7 @@ def _check_request(
     tokens=jnp.asarray(ids, jnp.int32),
     lengths=jnp.asarray(sizes, jnp.int32),
     keys=key if key.ndim else _row_keys(key, batch),
-    temperature=per_row(heat),
+    temperature=None if greedy else per_row(heat),
     top_p=per_row(nucleus),
   )
 

@@ -8,7 +8,7 @@ def sample(
   logits: jax.Array,
   keys: jax.Array,
   *,
-  temperature: jax.Array,
+  temperature: jax.Array | None,
   top_p: jax.Array,
   top_k: int = 0,
 ) -> jax.Array:
@@ -19,7 +19,8 @@ def sample(
   Args:
     logits: f32 [B, V].
     keys: typed PRNG keys [B].
-    temperature: f32 [B]; 0 takes the most likely token.
+    temperature: f32 [B]; 0 takes the most likely token. None is 0 for all
+      rows, known when the program is traced.
     top_p: f32 [B] in (0, 1]; keeps the fewest most likely tokens whose
       probabilities sum to at least top_p.
     top_k: keeps the k most likely tokens; 0 keeps all (static).
@@ -27,6 +28,12 @@ def sample(
   Returns:
     i32 [B].
   """
+
+  def greedy():
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+  if temperature is None:
+    return greedy()
 
   def draw():
     scale = jnp.where(temperature > 0, temperature, 1.0)
@@ -42,8 +49,5 @@ def sample(
     )
     drawn = jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
     return jnp.where(temperature > 0, drawn, greedy())
-
-  def greedy():
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
   return jax.lax.cond(jnp.any(temperature > 0), draw, greedy)
