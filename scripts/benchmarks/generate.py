@@ -5,6 +5,7 @@ number is taken through the public `generate()`: prefill is a call for one new
 token, a decode step the difference between calls for few and many tokens.
 """
 
+import functools
 import time
 from collections.abc import Iterable, Sequence
 
@@ -151,7 +152,7 @@ class _Run:
     self.lengths = jnp.full(batch, prompt, jnp.int32)
     self.cold_seconds = None
 
-  def seconds(self, max_new_tokens: int, repeats: int = 5) -> float:
+  def seconds(self, max_new_tokens: int, repeats: int = 3) -> float:
     """Median seconds of a call, compiled before."""
     options = GenerateConfig(
       max_new_tokens=max_new_tokens, cache_capacity=self.capacity
@@ -188,16 +189,22 @@ def random_params(config: LlamaConfig, recipe: Recipe) -> Params:
   tree = abstract_params(config, recipe)
   keys = iter(jax.random.split(jax.random.key(0), config.num_hidden_layers + 1))
   layers = tree["model"].pop("layers")
-  params = jax.jit(lambda key: _fill(tree, key))(next(keys))
-  params["model"]["layers"] = []
-  for layer, key in zip(layers, keys):
-    filled = jax.jit(lambda key, layer=layer: _fill(layer, key))(key)
-    params["model"]["layers"].append(prepare_layer(filled))
+  params = _filled(tree, next(keys))
+  params["model"]["layers"] = [
+    prepare_layer(_filled(layer, key)) for layer, key in zip(layers, keys)
+  ]
   return params
 
 
-def _fill(tree: Params, key: jax.Array) -> Params:
+def _filled(tree: Params, key: jax.Array) -> Params:
   """Random values for `tree`, of a size that keeps activations near 1."""
+  leaves, structure = jax.tree.flatten(tree)
+  return _fill(tuple(leaves), structure, key)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _fill(leaves, structure, key):
+  tree = jax.tree.unflatten(structure, leaves)
   leaves, structure = jax.tree.flatten(
     tree, is_leaf=lambda x: isinstance(x, QTensor)
   )
