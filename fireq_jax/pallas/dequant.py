@@ -177,12 +177,17 @@ def _scaled_tables(scale, encoding):
   scale = scale.astype(ir.F16Type.get())
   for index, register in np.ndenumerate(scale.registers):
     bits = mgpu.utils.bitcast(register, ir.IntegerType.get_signless(16))
-    tables[index[0], index[2]] = [
-      word
-      for values in CODES[encoding]
-      for word in _asm2([bits], table_ptx(values), "h")
-    ]
+    tables[index[0], index[2]] = scaled_table(bits, encoding)
   return tables
+
+
+def scaled_table(scale: Any, encoding: Encoding) -> list:
+  """Words of the table of a scale, the bits of an f16."""
+  return [
+    word
+    for values in CODES[encoding]
+    for word in _asm2([scale], table_ptx(values), "h")
+  ]
 
 
 def table_ptx(values: tuple[int, ...]) -> str:
@@ -215,19 +220,26 @@ def table_ptx(values: tuple[int, ...]) -> str:
 def _look_up(codes, table, encoding):
   """Replaces each word of 8 codes by two words of 4 e4m3 values."""
   i32 = ir.IntegerType.get_signless(32)
-  quad = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
-  e4m3 = ir.VectorType.get((4,), ir.Float8E4M3FNType.get())
   rows, half = codes.shape
   layout = mgpu.WGMMA_LAYOUT_8BIT
   out = np.empty(layout.registers_shape((rows, 2 * half)), dtype=object)
   for index, register in np.ndenumerate(codes.registers):
     word = mgpu.utils.bitcast(register, i32)
-    args = [word, *table(index)]
-    values = _asm2(args, LOOK_UP_PTX[encoding], ",".join("r" * len(args)))
-    for i, value in enumerate(values):
-      value = mgpu.utils.bitcast(mgpu.utils.bitcast(value, quad), e4m3)
+    for i, value in enumerate(look_up(word, table(index), encoding)):
       out[(index[0], 2 * index[1] + i, *index[2:])] = value
   return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
+
+
+def look_up(word: Any, table: list, encoding: Encoding) -> list:
+  """The 8 codes of a word as two vectors of 4 e4m3 values."""
+  quad = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
+  e4m3 = ir.VectorType.get((4,), ir.Float8E4M3FNType.get())
+  args = [word, *table]
+  values = _asm2(args, LOOK_UP_PTX[encoding], ",".join("r" * len(args)))
+  return [
+    mgpu.utils.bitcast(mgpu.utils.bitcast(value, quad), e4m3)
+    for value in values
+  ]
 
 
 def _asm2(args, text, inputs):

@@ -3,12 +3,21 @@
 import jax
 
 
-def require_hopper() -> None:
-  """Raises NotImplementedError unless JAX computes on a Hopper GPU."""
+def require_hopper(multiprocessors: int = 1) -> None:
+  """Raises NotImplementedError unless JAX computes on a Hopper GPU.
+
+  Args:
+    multiprocessors: how many it must have at least.
+  """
   device = jax.devices()[0]
   if device.platform != "gpu":
     raise NotImplementedError(f"the kernels need a GPU, not {device.platform}")
   if device.compute_capability != "9.0":
     raise NotImplementedError(
       f"the kernels need compute capability 9.0, not {device.compute_capability}"
+    )
+  if device.core_count < multiprocessors:
+    raise NotImplementedError(
+      f"the kernel needs {multiprocessors} multiprocessors,"
+      f" not {device.core_count}"
     )

@@ -1,5 +1,7 @@
 """What the kernels compute, in plain jnp: same signatures, any device."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -59,3 +61,22 @@ def int4_matmul(
     operand = operand.astype(jnp.float32)
     y = y * operand if epilogue == "mul" else y + operand
   return y.astype(out_dtype)
+
+
+def decode_chain(
+  x: jax.Array,
+  a: jax.Array | None,
+  stages: Sequence[tuple[PackedInt4, jax.Array | None]],
+  *,
+  eps: float,
+) -> tuple[jax.Array, jax.Array | None]:
+  """See `decode_chain.decode_chain`."""
+  for w, gain in stages:
+    if gain is None:
+      assert a is not None
+      codes, scale = act_quant(a)
+      x = int4_matmul(codes, w, scale, operand=x, epilogue="add")
+    else:
+      codes, scale = act_quant(x, gain, eps=eps)
+      a = int4_matmul(codes, w, scale)
+  return x, a
