@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from fireq_jax.calibrate import outer_sum
 from fireq_jax.config import KVFormat, LlamaConfig
-from fireq_jax.models import llama
+from fireq_jax.models import llama, llama_layers
 from fireq_jax.quantize import quantize_weight
 from fireq_jax.recipe import PROJECTIONS, Solver, WeightFormat
 
@@ -88,13 +88,13 @@ def run_layer(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Runs one layer on a window [1, T, D]; what it captures is free if unused."""
   batch, length, _ = x.shape
-  span = llama.make_span(
+  span = llama_layers.make_span(
     config,
     jnp.zeros(batch, jnp.int32),
     jnp.full(batch, length, jnp.int32),
     length,
   )
-  y, _, captured = llama.decoder_layer(
+  y, _, captured = llama_layers.decoder_layer(
     layer, x, span=span, config=config, kv=kv, capture=True
   )
   return y, cast(dict[str, jax.Array], captured)

@@ -12,7 +12,7 @@ from flax import nnx
 from fireq_jax.config import KVFormat, LlamaConfig, RopeConfig
 from fireq_jax.errors import ConfigError
 from fireq_jax.kv_cache import init_cache
-from fireq_jax.models import llama
+from fireq_jax.models import llama, llama_layers
 from fireq_jax.qtensor import QTensor, pack_int4
 
 GQA = LlamaConfig(
@@ -231,9 +231,9 @@ def test_captured_activations():
   layer = params["model"]["layers"][0]
   layer["self_attn"]["key_scale"] = jnp.full((2, 16), 3.0)
   x = params["model"]["embed_tokens"]["embedding"][tokens]
-  span = llama.make_span(GQA, jnp.zeros(1, jnp.int32), jnp.array([6]), 6)
+  span = llama_layers.make_span(GQA, jnp.zeros(1, jnp.int32), jnp.array([6]), 6)
   run_layer = jax.jit(
-    llama.decoder_layer, static_argnames=("config", "capture")
+    llama_layers.decoder_layer, static_argnames=("config", "capture")
   )
   out, cache, got = run_layer(layer, x, span=span, config=GQA, capture=True)
   assert cache is None

@@ -11,7 +11,7 @@ from fireq_jax import keys as key_scaling
 from fireq_jax import rotate, smooth
 from fireq_jax.calibrate import window_stats
 from fireq_jax.config import LlamaConfig, RopeConfig
-from fireq_jax.models import llama
+from fireq_jax.models import llama, llama_layers
 from fireq_jax.recipe import ChannelScaling, KeyScaling
 from fireq_jax.rope import apply_rope, cos_sin
 
@@ -70,11 +70,11 @@ def capture(params, config):
   model = params["model"]
   x = model["embed_tokens"]["embedding"][TOKENS[:1]]
   counts = jnp.full(1, x.shape[1], jnp.int32)
-  span = llama.make_span(config, counts * 0, counts, x.shape[1])
+  span = llama_layers.make_span(config, counts * 0, counts, x.shape[1])
   layer = model["layers"][0]
-  return llama.decoder_layer(layer, x, span=span, config=config, capture=True)[
-    2
-  ]
+  return llama_layers.decoder_layer(
+    layer, x, span=span, config=config, capture=True
+  )[2]
 
 
 def with_layers(params, change):

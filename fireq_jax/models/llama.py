@@ -4,25 +4,24 @@ Head counts come from array shapes, so the functions also run on one shard of
 a tensor-parallel model.
 """
 
-import functools
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fireq_jax import kv_cache
-from fireq_jax.attention import attention
 from fireq_jax.config import Implementation, KVFormat, LlamaConfig
 from fireq_jax.errors import ConfigError
-from fireq_jax.kv_cache import KeyValues, KVCache, LayerCache
-from fireq_jax.linear import RMSNorm, in_features, linear
-from fireq_jax.pallas.device import require_hopper
-from fireq_jax.pallas.rope_append import rope_append
-from fireq_jax.qtensor import QTensor, quantize_e4m3
+from fireq_jax.kv_cache import KVCache
+from fireq_jax.linear import RMSNorm, linear
+from fireq_jax.models.llama_layers import (
+  chained_layers,
+  chains,
+  decoder_layer,
+  make_span,
+)
+from fireq_jax.qtensor import QTensor
 from fireq_jax.recipe import PROJECTIONS, Recipe
-from fireq_jax.rope import apply_rope, cos_sin, scale_keys
 
 Params = dict[str, Any]
 
@@ -131,32 +130,6 @@ def abstract_params(config: LlamaConfig, recipe: Recipe) -> Params:
   return jax.eval_shape(build)
 
 
-@flax.struct.dataclass
-class Span:
-  """Where the T tokens of each row lie in their sequence.
-
-  Attributes:
-    starts: i32 [B], position of the first token.
-    counts: i32 [B], how many of the T tokens are real, from the first on.
-    cos: f32 [B, T, H / 2], of the rotation at each position.
-    sin: f32 [B, T, H / 2].
-  """
-
-  starts: jax.Array
-  counts: jax.Array
-  cos: jax.Array
-  sin: jax.Array
-
-
-def make_span(
-  config: LlamaConfig, starts: jax.Array, counts: jax.Array, length: int
-) -> Span:
-  """Returns the `Span` of `length` tokens a row."""
-  positions = starts[:, None] + jnp.arange(length, dtype=jnp.int32)
-  cos, sin = cos_sin(positions, config.rope, config.head_dim)
-  return Span(starts=starts, counts=counts, cos=cos, sin=sin)
-
-
 def forward(
   params: Params,
   tokens: jax.Array,
@@ -202,23 +175,22 @@ def forward(
   embedding = jnp.asarray(model["embed_tokens"]["embedding"])
   with jax.named_scope("embed"):
     x = embedding.at[tokens].get(mode="fill", wrap_negative_indices=False)
-  # One trace and one lowering serve all layers of one structure.
-  run_layer = jax.jit(
-    decoder_layer, static_argnames=("config", "kv", "implementation")
-  )
-  layer_caches: list[Any] = []
-  for i, layer in enumerate(model["layers"]):
-    with jax.named_scope(f"layer_{i}"):
-      x, layer_cache, _ = run_layer(
-        layer,
-        x,
-        None if cache is None else cache.layers[i],
-        span=span,
-        config=config,
-        kv=kv,
-        implementation=implementation,
-      )
-    layer_caches.append(layer_cache)
+  layers, caches = model["layers"], None if cache is None else cache.layers
+  shared = {"span": span, "config": config, "implementation": implementation}
+  if caches is not None and chains(layers, x, implementation):
+    x, layer_caches = chained_layers(layers, x, caches, **shared)
+  else:
+    # One trace and one lowering serve all layers of one structure.
+    run_layer = jax.jit(
+      decoder_layer, static_argnames=("config", "kv", "implementation")
+    )
+    layer_caches: list[Any] = []
+    for i, layer in enumerate(layers):
+      with jax.named_scope(f"layer_{i}"):
+        x, layer_cache, _ = run_layer(
+          layer, x, None if caches is None else caches[i], kv=kv, **shared
+        )
+      layer_caches.append(layer_cache)
   if cache is not None:
     cache = KVCache(layers=layer_caches, lengths=cache.lengths + counts)
 
@@ -236,149 +208,6 @@ def forward(
       implementation=implementation,
     )
   return logits, cache
-
-
-def decoder_layer(
-  layer: Params,
-  x: jax.Array,
-  cache: LayerCache | None = None,
-  *,
-  span: Span,
-  config: LlamaConfig,
-  kv: KVFormat | None = None,
-  implementation: Implementation = "auto",
-  capture: bool = False,
-) -> tuple[jax.Array, Any, dict[str, jax.Array] | None]:
-  """Runs one decoder layer.
-
-  Args:
-    layer: the layer's parameters.
-    x: residual stream [B, T, D].
-    cache: extended and returned, or None.
-    span: where the tokens lie.
-    config: the model (head_dim and rms_norm_eps only).
-    kv: without a cache, as in `forward`.
-    implementation: as in `forward`.
-    capture: also returns what calibration looks at: the inputs of the
-      projections `qkv_in`, `o_in`, `gate_up_in`, `down_in`, each [B, T, C],
-      and the keys before and after RoPE (and before `key_scale`)
-      `k_pre_rope`, `k_post_rope`, [B, T, K, H].
-
-  Returns:
-    x; the `LayerCache`, or None if none was given; and the captured
-    activations, or None.
-  """
-  attn, mlp = layer["self_attn"], layer["mlp"]
-  project = functools.partial(_project, implementation=implementation)
-  input_norm, mlp_norm = (
-    RMSNorm(layer[name]["weight"], config.rms_norm_eps)
-    for name in ("input_layernorm", "post_attention_layernorm")
-  )
-  heads = lambda x: x.reshape(*x.shape[:-1], -1, config.head_dim)
-
-  appended = None
-  k_post_rope: Any = None
-  with jax.named_scope("qkv"):
-    if "qkv_proj" in attn:
-      qkv = project(x, attn["qkv_proj"], norm=input_norm)
-      if cache is not None and not capture:
-        appended = _rope_append(qkv, cache, attn, span, implementation)
-      qkv = heads(qkv)
-      query_heads = in_features(attn["o_proj"]["kernel"]) // config.head_dim
-      kv_heads = (qkv.shape[2] - query_heads) // 2
-      q, k_pre_rope, v = jnp.split(
-        qkv, [query_heads, query_heads + kv_heads], axis=2
-      )
-    else:
-      q, k_pre_rope, v = (
-        heads(project(x, attn[name], norm=input_norm))
-        for name in ("q_proj", "k_proj", "v_proj")
-      )
-  if appended is not None:
-    q, q_scale, cache = appended
-    keys_values = cache
-  else:
-    with jax.named_scope("rope"):
-      q = apply_rope(q, span.cos, span.sin)
-      k_post_rope = apply_rope(k_pre_rope, span.cos, span.sin)
-      q, k = scale_keys(
-        q, k_post_rope, attn.get("key_scale"), attn.get("key_shift")
-      )
-    with jax.named_scope("append"):
-      if cache is not None:
-        kv = cache.format
-        cache = kv_cache.append(cache, k, v, span.starts, span.counts)
-        keys_values = cache
-      elif kv is not None:
-        keys_values = kv_cache.encode(k, v, kv)
-      else:
-        keys_values = KeyValues(k=k.astype(x.dtype), v=v)
-      if kv is not None and kv.query == "e4m3":
-        q, q_scale = quantize_e4m3(q)
-      else:
-        q, q_scale = q.astype(x.dtype), None
-  with jax.named_scope("attention"):
-    o_in = attention(
-      q,
-      q_scale,
-      keys_values,
-      starts=span.starts,
-      counts=span.counts,
-      out_dtype=x.dtype,
-      implementation=implementation,
-    )
-    o_in = o_in.reshape(*x.shape[:-1], -1)
-  with jax.named_scope("o_proj"):
-    attn_in, x = x, project(o_in, attn["o_proj"], residual=x)
-  with jax.named_scope("mlp"):
-    if "gate_up_proj" in mlp:
-      down_in = project(x, mlp["gate_up_proj"], norm=mlp_norm)
-    else:
-      gate, up = (
-        project(x, mlp[name], norm=mlp_norm).astype(jnp.float32)
-        for name in ("gate_proj", "up_proj")
-      )
-      down_in = (jax.nn.silu(gate) * up).astype(x.dtype)
-    mlp_in, x = x, project(down_in, mlp["down_proj"], residual=x)
-
-  captured = None
-  if capture:
-    captured = {
-      "qkv_in": input_norm(attn_in).astype(x.dtype),
-      "k_pre_rope": k_pre_rope,
-      "k_post_rope": k_post_rope,
-      "o_in": o_in,
-      "gate_up_in": mlp_norm(mlp_in).astype(x.dtype),
-      "down_in": down_in,
-    }
-  return x, cache, captured
-
-
-def _rope_append(qkv, cache, attn, span, implementation):
-  """Runs the kernel, or returns None where plain JAX must do its work."""
-  if implementation == "xla":
-    return None
-  try:
-    require_hopper()
-    with jax.named_scope("rope_append"):
-      return rope_append(
-        qkv,
-        span.cos,
-        span.sin,
-        cache,
-        span.starts,
-        span.counts,
-        key_scale=attn.get("key_scale"),
-        key_shift=attn.get("key_shift"),
-      )
-  except NotImplementedError:
-    if implementation == "mosaic_gpu":
-      raise
-    return None
-
-
-def _project(x: jax.Array, w: Params, **options: Any) -> jax.Array:
-  return linear(x, w["kernel"], **options)
 
 
 class Llama(nnx.Module):
