@@ -129,9 +129,9 @@ def test_compiles_without_spills(tmp_path, monkeypatch):
     [(chain, (*case, counters)) for case in cases], tmp_path
   )
   assert len(reports) == len(cases)
-  for case, report in zip(cases, reports):
-    # A word at the start, and with 8 tokens some while they are quantised.
-    assert report.spilled_bytes <= (128 if case[0].shape[0] == 8 else 16)
+  for report in reports:
+    # A few words, kept while rows are quantised; none in the main loop.
+    assert report.spilled_bytes <= 160
     assert not report.serialised_wgmma
 
 
