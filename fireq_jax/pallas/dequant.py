@@ -31,11 +31,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, nvvm
 
+from fireq_jax.pallas.inline import array, inline
 from fireq_jax.pallas.layouts import Encoding
 
 _A8 = plgpu.Layout.WGMMA_8BIT
 _A16 = plgpu.Layout.WGMMA
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
+# Layout of [2, 32] in which a thread holds the same as of [64] in `_ROWS`.
+PAIR = plgpu.Layout.TILED(
+  plgpu.Tiling(((2, 32), (16,), (8,), (1,))),
+  warp_dims=(-5, -4),
+  lane_dims=(-2, plgpu.Replicated(4)),
+  vector_dim=-1,
+)
 CODES = {
   "sign_magnitude": ((0, 1, 2, 3, 4, 5, 6, 7),),
   "twos_complement": (
@@ -134,6 +142,21 @@ def exact_bf16(codes: jax.Array) -> jax.Array:
     return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
 
   return _inline(emit, codes, encoding="biased")
+
+
+def flatten_pair(x: jax.Array) -> jax.Array:
+  """[2, 32] in layout `PAIR` -> [64], one value a row."""
+
+  def emit(x):
+    shape = mgpu.WGMMA_ROW_LAYOUT.registers_shape((64,))
+    return array(x.registers.reshape(shape), mgpu.WGMMA_ROW_LAYOUT)
+
+  return inline(
+    emit,
+    lambda x: x.reshape(64),
+    arg_types=(PAIR,),
+    return_type=plgpu.ShapeDtypeStruct((64,), x.dtype, _ROWS),
+  )(x)
 
 
 def bf16_ptx(i: int) -> str:

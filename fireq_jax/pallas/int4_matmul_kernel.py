@@ -18,6 +18,7 @@ _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 _BY_TOKEN = plgpu.Layout.WGMMA.reduce(0)
 _SCALE_ROWS = 2 * ROWS  # copied for any tile, for the sake of alignment
 _TMA_ALIGNMENT = 128
+_FOLDED = ROWS // 2
 # Of a consumer's and the producer's threads, by consumers. Together they may
 # not exceed what a CTA starts with, 504 or 480 a lane: the kernel would hang.
 REGISTERS = {1: (232, 40), 2: (232, 40), 4: (112, 32)}
@@ -39,7 +40,10 @@ class Kernel:
     self.out = jax.ShapeDtypeStruct(
       (t, pl.cdiv(self.n_out, self.held), self.held), out_dtype
     )
-    # Consumers read 64 rows each, of which the last may lie beyond the copied.
+    # Consumers read 64 rows each, of which the last may lie beyond the copied,
+    # or are the rows of another block: `fold` blocks lie below each other.
+    folds = tuning.rows == _FOLDED and tuning.blocks % 2 == 0
+    self.fold = 2 if folds and w.group == BLOCK else 1
     self.copied = tuning.rows // self.halves
     self.code_rows = max(self.copied, ROWS)
     self.code_copies = 1 if self.copied == self.code_rows else tuning.blocks
@@ -47,6 +51,9 @@ class Kernel:
     self.tiles = math.prod(self.grid)
     self.ctas = min(tuning.ctas, self.tiles)
     self.consumers = tuning.row_groups * tuning.interleave
+    # Sums that reach the epilogue through shared memory: those of others, or
+    # all, because folded ones lie in rows of other threads.
+    self.parts = tuning.interleave - (0 if self.fold > 1 else 1)
     # The epilogue handles at most so many tokens at a time, in buffers.
     piece, self.buffers = (64, 1) if w.gated else (32, 2)
     self.piece = math.gcd(piece, tuning.tile_t // self.halves)
@@ -76,7 +83,8 @@ class Kernel:
     row_groups = tuning.row_groups
     scratch = dict(
       codes=_swizzled(
-        (stages, self.halves, blocks, self.code_rows, BLOCK // 2), jnp.uint8
+        (stages, self.halves, blocks // self.fold, self.code_rows, BLOCK // 2),
+        jnp.uint8,
       ),
       scale=plgpu.SMEM(
         (stages, self.halves, self.groups, _SCALE_ROWS), inputs["scale"].dtype
@@ -107,13 +115,14 @@ class Kernel:
       scratch["operand_full"] = plgpu.Barrier(
         num_barriers=row_groups * self.buffers
       )
-    if tuning.interleave > 1:
-      others = tuning.interleave - 1
+    if self.parts:
+      # What is added to the last rows of the last part is never stored.
+      rows = self.parts * ROWS + (_FOLDED if self.fold > 1 else 0)
       scratch["sums"] = _swizzled(
-        (others, row_groups, ROWS, tile_t), jnp.float32, self.piece
+        (row_groups, rows, tile_t), jnp.float32, self.piece
       )
       scratch["sums_full"] = plgpu.Barrier(
-        num_arrivals=others, num_barriers=row_groups
+        num_arrivals=self.parts, num_barriers=row_groups
       )
       scratch["sums_free"] = plgpu.Barrier(num_barriers=row_groups)
     if self.w.gated:
@@ -187,7 +196,10 @@ class Kernel:
             copy(
               gmem["codes"].at[pl.ds(i * blocks + j, count), rows],
               smem["codes"].at[
-                slot, half, pl.ds(j, count), pl.ds(0, self.copied)
+                slot,
+                half,
+                pl.ds(j // self.fold, count),
+                pl.ds(j % self.fold * self.copied, self.copied),
               ],
             )
           copy(
@@ -234,17 +246,20 @@ class Kernel:
 
       sums = self.main_loop(group, turn, before)
 
-      if interleave == 1:
+      if not self.parts:
         self.finish(sums, group, row_tile, row, token, before)
         return
 
-      @pl.when((turn > 0) & (before > 0))
+      first = interleave - self.parts  # of those that store their sums
+
+      @pl.when((turn >= first) & (before > 0))
       def _():
         plgpu.barrier_wait(smem["sums_free"].at[group])
 
-      @pl.when(turn > 0)
+      @pl.when(turn >= first)
       def _():
-        smem["sums"].at[turn - 1, group][...] = sums
+        part = pl.ds((turn - first) * ROWS, ROWS)
+        smem["sums"].at[group, part][...] = sums
         plgpu.barrier_arrive(smem["sums_full"].at[group])
 
       @pl.when(turn == 0)
@@ -255,9 +270,9 @@ class Kernel:
 
     self.for_each_tile(tile)
 
-    if interleave > 1:
+    if self.parts:
 
-      @pl.when(turn > 0)
+      @pl.when(turn >= interleave - self.parts)
       def _():
         plgpu.barrier_wait(smem["sums_free"].at[group])
 
@@ -271,7 +286,7 @@ class Kernel:
     """f32 sums [64, tile_t] over the steps of a tile that have this turn."""
     smem, w, tuning = self.smem, self.w, self.tuning
     blocks, interleave = tuning.blocks, tuning.interleave
-    acc_type = plgpu.ACC((ROWS, tuning.tile_t), jnp.float32)
+    acc_types = [plgpu.ACC((ROWS, tuning.tile_t), jnp.float32)] * self.fold
     first = lax.rem(turn - lax.rem(before, interleave) + interleave, interleave)
     steps = pl.cdiv(self.steps - first, interleave)
 
@@ -283,54 +298,68 @@ class Kernel:
     half, rows = (group, 0) if w.gated else (0, group * self.held)
     rows = pl.ds(rows, ROWS)
 
-    def codes(slot, block):
-      ref = smem["codes"].at[slot, half, block, rows]
+    def codes(slot, pair):
+      ref = smem["codes"].at[slot, half, pair, rows]
       return load(ref, plgpu.Layout.WGMMA_8BIT, optimized=True)
 
-    def scales(slot, block):
+    def scales(slot, pair):
+      if self.fold > 1:
+        groups, rows_of_group = pl.ds(2 * pair, 2), pl.ds(0, _FOLDED)
+        ref = smem["scale"].at[slot, half, groups, rows_of_group]
+        return [dequant.flatten_pair(load(ref, dequant.PAIR))]
       count = self.groups // blocks
       return [
-        load(smem["scale"].at[slot, half, block * count + i, rows], _BY_ROW)
+        load(smem["scale"].at[slot, half, pair * count + i, rows], _BY_ROW)
         for i in range(count)
       ]
 
-    def x(slot, block):
-      return smem["x"].at[slot, :, pl.ds(block * BLOCK, BLOCK)].T
+    def multiply(accs, weights, slot, pair):
+      """Of a pair of blocks, each accumulator is right in its block's rows."""
+      for i, acc in enumerate(accs):
+        columns = pl.ds((self.fold * pair + i) * BLOCK, BLOCK)
+        plgpu.wgmma(acc, weights, smem["x"].at[slot, :, columns].T)
 
-    def scaled(acc):
+    def result(accs):
+      if self.fold == 1:
+        return accs[0][...]
+      shape = ROWS, tuning.tile_t
+      row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA)
+      return jnp.where(row < _FOLDED, accs[0][...], accs[1][...])
+
+    def scaled(*accs):
       def step(i, _):
         slot = slot_of(i)
-        for block in range(blocks):
+        for pair in range(blocks // self.fold):
           weights = dequant.scaled_e4m3(
-            codes(slot, block), scales(slot, block), w.encoding
+            codes(slot, pair), scales(slot, pair), w.encoding
           )
-          plgpu.wgmma(acc, weights, x(slot, block))
+          multiply(accs, weights, slot, pair)
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(smem["empty"].at[slot])
 
       lax.fori_loop(0, steps, step, None)
-      return acc[...]
+      return result(accs)
 
     def exact(i, total):
       slot = slot_of(i)
-      for block in range(blocks):
+      for pair in range(blocks // self.fold):
         if w.activation == "bf16":
-          weights = dequant.exact_bf16(codes(slot, block))
+          weights = dequant.exact_bf16(codes(slot, pair))
         else:
-          weights = dequant.exact_e4m3(codes(slot, block), w.encoding)
+          weights = dequant.exact_e4m3(codes(slot, pair), w.encoding)
 
-        def multiply(acc, weights=weights, block=block):
-          plgpu.wgmma(acc, weights, x(slot, block))
-          return acc[...]
+        def part_of(*accs, weights=weights, pair=pair):
+          multiply(accs, weights, slot, pair)
+          return result(accs)
 
-        part = pl.run_scoped(multiply, acc_type)
-        [scale] = scales(slot, block)
+        part = pl.run_scoped(part_of, *acc_types)
+        [scale] = scales(slot, pair)
         total += part * _rows(scale.astype(jnp.float32), part)
       plgpu.barrier_arrive(smem["empty"].at[slot])
       return total
 
     if w.scale.dtype == jnp.float8_e4m3fn:
-      return pl.run_scoped(scaled, acc_type)
+      return pl.run_scoped(scaled, *acc_types)
     zeros = jnp.zeros((ROWS, tuning.tile_t), jnp.float32)
     return lax.fori_loop(0, steps, exact, plgpu.layout_cast(zeros, _WGMMA))
 
@@ -383,9 +412,16 @@ class Kernel:
       """y of piece i, [64, piece] f32."""
       tokens = pl.ds(i * piece, piece)
       value = lax.slice(sums, (0, i * piece), (ROWS, (i + 1) * piece))
-      for j in range(self.tuning.interleave - 1):
-        part = smem["sums"].at[j, group, :, tokens]
-        value += load(part, _WGMMA, optimized=True)
+      parts = [
+        load(
+          smem["sums"].at[group, pl.ds(j * ROWS + below, ROWS), tokens],
+          _WGMMA,
+          optimized=True,
+        )
+        for j in range(self.parts)
+        for below in range(0, ROWS, ROWS // self.fold)
+      ]
+      value = sum(parts, value if self.fold == 1 else jnp.float32(0))
       value *= _rows(by_row["row_scale"], value)
       if "x_scale" in smem:
         x_scale = load(smem["x_scale"].at[group, tokens], _BY_TOKEN)
