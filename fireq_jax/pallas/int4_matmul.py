@@ -133,8 +133,8 @@ def supported(
       "e4m3 group scales with bf16 activations",
     ),
     (
-      w.group == BLOCK or (e4m3_scale and w.group == BLOCK // 2),
-      f"groups of {w.group} with scales of {w.scale.dtype}",
+      w.group in (BLOCK, BLOCK // 2),
+      f"groups of {w.group}",
     ),
     (
       jnp.dtype(out_dtype) in (jnp.bfloat16, jnp.float32),

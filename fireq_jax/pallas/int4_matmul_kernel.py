@@ -89,7 +89,12 @@ class Kernel:
       scale=plgpu.SMEM(
         (stages, self.halves, self.groups, _SCALE_ROWS), inputs["scale"].dtype
       ),
-      x=_swizzled((stages, tile_t, blocks * BLOCK), inputs["x"].dtype, BLOCK),
+      # wgmma multiplies whole rows of a swizzle, here one group at least.
+      x=_swizzled(
+        (stages, tile_t, blocks * BLOCK),
+        inputs["x"].dtype,
+        BLOCK if self.w.scale.dtype == jnp.float8_e4m3fn else self.w.group,
+      ),
       full=plgpu.Barrier(
         num_arrivals=1 + self.halves * (self.code_copies + 1),
         num_barriers=stages,
@@ -313,10 +318,11 @@ class Kernel:
         for i in range(count)
       ]
 
-    def multiply(accs, weights, slot, pair):
+    def multiply(accs, weights, slot, pair, start=0):
       """Of a pair of blocks, each accumulator is right in its block's rows."""
       for i, acc in enumerate(accs):
-        columns = pl.ds((self.fold * pair + i) * BLOCK, BLOCK)
+        columns = (self.fold * pair + i) * BLOCK + start
+        columns = pl.ds(columns, weights.shape[1])
         plgpu.wgmma(acc, weights, smem["x"].at[slot, :, columns].T)
 
     def result(accs):
@@ -348,13 +354,18 @@ class Kernel:
         else:
           weights = dequant.exact_e4m3(codes(slot, pair), w.encoding)
 
-        def part_of(*accs, weights=weights, pair=pair):
-          multiply(accs, weights, slot, pair)
-          return result(accs)
+        for start, scale in zip(range(0, BLOCK, w.group), scales(slot, pair)):
+          group = weights
+          if w.group < BLOCK:
+            end = start + w.group
+            group = lax.slice(weights, (0, start), (ROWS, end))
 
-        part = pl.run_scoped(part_of, *acc_types)
-        [scale] = scales(slot, pair)
-        total += part * _rows(scale.astype(jnp.float32), part)
+          def product(*accs, group=group, pair=pair, start=start):
+            multiply(accs, group, slot, pair, start)
+            return result(accs)
+
+          part = pl.run_scoped(product, *acc_types)
+          total += part * _rows(scale.astype(jnp.float32), part)
       plgpu.barrier_arrive(smem["empty"].at[slot])
       return total
 

@@ -55,6 +55,7 @@ def silu(x):
     (E4M3, 128, -7, "e4m3"),
     (E4M3, 64, -8, "e4m3"),
     (BF16, 128, -7, "e4m3"),
+    (BF16, 64, -7, "e4m3"),
     (BF16, 128, -8, "e4m3"),
     (BF16, 128, -8, "bf16"),
   ],
@@ -197,10 +198,14 @@ INTERPRETED = [
   (dict(n=64, c=192, t=9, group=64, lowest=-8),
    dict(tile_t=16, stages=2, rows=64, blocks=2)),
   (dict(n=64, c=64, t=8, group=64), dict(tile_t=8, stages=1, rows=64)),
-  (dict(n=96, c=1024, t=16, epilogue="add"),
+  (dict(n=128, c=1024, t=16, epilogue="add"),
    dict(tile_t=16, stages=4, rows=32, blocks=2, interleave=2)),
   (dict(n=64, c=640, t=16, lowest=-8),
    dict(tile_t=16, stages=2, rows=32, blocks=4)),
+  (dict(n=64, c=320, t=8, kind="exact", group=64),
+   dict(tile_t=8, stages=2, rows=64, blocks=2)),
+  (dict(n=128, c=256, t=8, kind="bf16", group=64, gated=True),
+   dict(tile_t=16, stages=2)),
   (dict(n=64, c=768, t=8, kind="exact"),
    dict(tile_t=8, stages=4, rows=32, blocks=2, interleave=4)),
   (dict(n=64, c=512, t=8, kind="bf16", lowest=-8),
@@ -363,7 +368,9 @@ EPILOGUES = {
   "minus_8": dict(lowest=-8, epilogue="add"),
   "group_64": dict(group=64, epilogue="add"),
   "exact": dict(kind="exact", epilogue="add"),
+  "exact_group_64": dict(kind="exact", group=64),
   "bf16": dict(kind="bf16", lowest=-8, epilogue="add"),
+  "bf16_group_64": dict(kind="bf16", group=64),
 }
 
 
