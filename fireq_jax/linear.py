@@ -108,7 +108,7 @@ def _packed(x, w, norm, residual, out_dtype, implementation):
       args, eps = (rows(x), norm.weight), norm.eps
     runs = _runs(act_quant, implementation, *args)
     quantize = act_quant.act_quant if runs else reference.act_quant
-    padded = int4_matmul.rows_of(tokens, w)
+    padded = int4_matmul.rows_of(tokens)
     codes, scale = quantize(*args, eps=eps, rows=padded)
   else:
     codes = rows(x if norm is None else norm(x)).astype(x.dtype)

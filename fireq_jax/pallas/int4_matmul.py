@@ -172,7 +172,7 @@ def int4_matmul(
 
   Args:
     x: [T, C] e4m3, or bf16 for weights packed for bf16. It may come with
-      `rows_of(T, w)` rows, if `tokens` says so, and is padded to them otherwise.
+      `rows_of(T)` rows, if `tokens` says so, and is padded to them otherwise.
     w: [N, C] weights of `layouts.pack_int4_weights`.
     x_scale: f32 [T] or longer, with e4m3 activations.
     bias: [N], added before the activation.
@@ -206,7 +206,9 @@ def int4_matmul(
     got=f"{tuning.rows} for {n}, gated {w.gated}",
   )
   tokens = tokens or x.shape[0]
-  rows = rows_of(tokens, w)
+  rows = rows_of(tokens)
+  if rows <= 8 and not w.gated:
+    tuning = dataclasses.replace(tuning, tile_t=8)
   x = _padded(x, rows, pl.cdiv(c, BLOCK) * BLOCK if c > BLOCK else c)
   operand = None if operand is None else _padded(operand, rows, n)
   inputs = dict(
@@ -229,15 +231,9 @@ def int4_matmul(
   return kernel().reshape(rows, -1)[:tokens]
 
 
-def rows_of(tokens: int, w: PackedInt4) -> int:
-  """Rows the kernel runs on: TMA copies 8 at once, or fewer if those are all.
-
-  Gated matmuls store two tiles of 8. Of an output of one tile, the lowering
-  drops the tiles' dimension with its index, and the second would overwrite it.
-  """
-  if tokens <= 8 and not w.gated:
-    return tokens
-  return max(16 if w.gated else 8, pl.cdiv(tokens, 8) * 8)
+def rows_of(tokens: int) -> int:
+  """Rows the kernel runs on: TMA copies 8 at once, or fewer if those are all."""
+  return tokens if tokens <= 8 else pl.cdiv(tokens, 8) * 8
 
 
 def _padded(x, rows, columns):

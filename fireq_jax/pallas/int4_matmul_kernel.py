@@ -1,5 +1,6 @@
 """The kernel of `int4_matmul`, which describes it."""
 
+import functools
 import math
 
 import jax
@@ -473,10 +474,17 @@ class Kernel:
         value.astype(self.out.dtype), _TRANSPOSED
       )
       plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(
+      store = functools.partial(
+        plgpu.copy_smem_to_gmem,
         smem["out"].at[group, buffer],
         self.output_tile("out", out_row, out_token),
       )
+      if self.w.gated and self.out.shape[0] <= 8:
+        # Of an output of one tile of 8 tokens, Pallas drops the dimension of
+        # tiles with its index: a store beyond would go to the first tokens.
+        pl.when(out_token < self.out.shape[0])(store)
+      else:
+        store()
 
   def swap(self, group, even, odd, first_use):
     """silu(gate) * up of the even (consumer 0) or odd (1) tokens."""
