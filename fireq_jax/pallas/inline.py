@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -102,6 +103,19 @@ def store(ref: Any, value: Any) -> None:
     plgpu.store(ref, value, optimized=False)
   else:  # JAX before 0.12
     ref[...] = value
+
+
+def swizzled(
+  shape: tuple[int, ...], dtype: Any, columns: int | None = None
+) -> Any:
+  """Shared memory tiled and swizzled for TMA and wgmma, by `columns`."""
+  bits = 8 * jnp.dtype(dtype).itemsize
+  swizzle = plgpu.find_swizzle((columns or shape[-1]) * bits)
+  transforms = (
+    plgpu.TilingTransform((8, 8 * swizzle // bits)),
+    plgpu.SwizzleTransform(swizzle),
+  )
+  return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def i32() -> Any:

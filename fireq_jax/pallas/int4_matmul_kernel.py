@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fireq_jax.pallas import dequant
-from fireq_jax.pallas.inline import load
+from fireq_jax.pallas.inline import load, swizzled
 from fireq_jax.pallas.layouts import BLOCK, ROWS
 
 _WGMMA = plgpu.Layout.WGMMA
@@ -83,7 +83,7 @@ class Kernel:
     stages, blocks, tile_t = tuning.stages, tuning.blocks, tuning.tile_t
     row_groups = tuning.row_groups
     scratch = dict(
-      codes=_swizzled(
+      codes=swizzled(
         (stages, self.halves, blocks // self.fold, self.code_rows, BLOCK // 2),
         jnp.uint8,
       ),
@@ -91,7 +91,7 @@ class Kernel:
         (stages, self.halves, self.groups, _SCALE_ROWS), inputs["scale"].dtype
       ),
       # wgmma multiplies whole rows of a swizzle, here one group at least.
-      x=_swizzled(
+      x=swizzled(
         (stages, tile_t, blocks * BLOCK),
         inputs["x"].dtype,
         BLOCK if self.w.scale.dtype == jnp.float8_e4m3fn else self.w.group,
@@ -101,7 +101,7 @@ class Kernel:
         num_barriers=stages,
       ),
       empty=plgpu.Barrier(num_arrivals=row_groups, num_barriers=stages),
-      out=_swizzled(
+      out=swizzled(
         (row_groups, self.buffers, self.piece, ROWS),
         self.out.dtype,
         # Tiles of a copy hold all rows held, or divide them.
@@ -124,7 +124,7 @@ class Kernel:
     if self.parts:
       # What is added to the last rows of the last part is never stored.
       rows = self.parts * ROWS + (_FOLDED if self.fold > 1 else 0)
-      scratch["sums"] = _swizzled(
+      scratch["sums"] = swizzled(
         (row_groups, rows, tile_t), jnp.float32, self.piece
       )
       scratch["sums_full"] = plgpu.Barrier(
@@ -132,7 +132,7 @@ class Kernel:
       )
       scratch["sums_free"] = plgpu.Barrier(num_barriers=row_groups)
     if self.w.gated:
-      scratch["swap"] = _swizzled((2, ROWS, self.piece), jnp.float32)
+      scratch["swap"] = swizzled((2, ROWS, self.piece), jnp.float32)
       scratch["swap_full"] = plgpu.Barrier(num_barriers=2)
       scratch["swap_free"] = plgpu.Barrier(num_barriers=2)
     return scratch
@@ -513,14 +513,3 @@ def _silu(x):
 def _rows(vector, like):
   """Broadcasts one value a row."""
   return lax.broadcast_in_dim(vector, like.shape, [0])
-
-
-def _swizzled(shape, dtype, columns=None):
-  """Shared memory tiled and swizzled for TMA and wgmma, by `columns`."""
-  bits = 8 * jnp.dtype(dtype).itemsize
-  swizzle = plgpu.find_swizzle((columns or shape[-1]) * bits)
-  transforms = (
-    plgpu.TilingTransform((8, 8 * swizzle // bits)),
-    plgpu.SwizzleTransform(swizzle),
-  )
-  return plgpu.SMEM(shape, dtype, transforms=transforms)
