@@ -9,13 +9,16 @@ for T tokens) and cached tokens s:
 k and v are the INT4 codes themselves. Products are exact in bf16 operands, but
 for P, which is rounded to bf16 after v's scale; everything else is f32.
 
-Who does what (one persistent CTA a multiprocessor):
+Who does what (one persistent CTA a multiprocessor), when consumers team up:
 
   producer     | K V K V K V ...  TMA, a ring of blocks that runs on from one
-               |                  (sequence, head, split) to the next
+               |                  item (sequence, head, split) to the next
   consumer 0   |  block 0      block 3      block 6     | merge |
   consumer 1   |    block 1      block 4       ...      |       |
   consumer 2   |      block 2      block 5              |       |
+
+With many short items each consumer is a team of its own: it has its own items,
+its own ring, filled by a warp of the producer, and merges while others compute.
 
 Each warp of a consumer takes a quarter of a block's tokens, keeps its own
 maximum, sum and output, and meets the others only in the merge, through shared
@@ -61,9 +64,10 @@ class Tuning:
 
   Attributes:
     block: cached tokens of one step of the ring, a multiple of 128.
-    stages: steps of the ring, a multiple of `consumers`.
+    stages: steps of all rings, a multiple of `consumers`.
     consumers: warpgroups that compute.
-    splits: parts into which a sequence is cut; None chooses by `best_splits`.
+    splits: parts into which a sequence is cut; None chooses by `plan`.
+    team: consumers that share an item, all or 1; None chooses by `plan`.
     ctas: persistent CTAs, one a multiprocessor.
   """
 
@@ -71,6 +75,7 @@ class Tuning:
   stages: int = 9
   consumers: int = 3
   splits: int | None = None
+  team: int | None = None
   ctas: int = 132
 
   def __post_init__(self):
@@ -84,23 +89,42 @@ class Tuning:
       "decode stages must be a multiple of 1, 2 or 3 consumers",
       got=f"{self.stages} and {self.consumers}",
     )
+    check(
+      self.team in (None, 1, self.consumers),
+      "a decode team is one consumer or all of them",
+      got=self.team,
+    )
 
 
-def best_splits(items: int, blocks: int, ctas: int) -> int:
-  """Parts that end soonest: rounds of CTAs times blocks of a part.
+def plan(items: int, blocks: int, tuning: Tuning) -> Tuning:
+  """Chooses splits and teams that end soonest.
+
+  Times are in units of the time in which a CTA's share of the bandwidth brings
+  a block. They were fitted to measurements.
 
   Args:
     items: (sequence, head) pairs.
     blocks: blocks of the longest sequence.
-    ctas: CTAs that work at a time.
+    tuning: what it leaves open is chosen.
   """
-  edge = 6  # starting and merging a part takes as long as this many blocks
+  block_latency, edge, combining, alone = 2.3, 4, 3, 0.4
 
-  def cost(splits):
-    rounds = -(-items * splits // ctas)
-    return rounds * (-(-blocks // splits) + edge) + (edge if splits > 1 else 0)
+  def cost(choice):
+    splits, team = choice
+    share = -(-blocks // splits)
+    busy = -(-items * splits // tuning.ctas)  # items of a CTA
+    rounds = -(-items * splits // (tuning.ctas * tuning.consumers // team))
+    compute = rounds * (-(-share // team) * block_latency + edge)
+    # Few CTAs have more bandwidth each.
+    rate = max(min(items * splits / tuning.ctas, 1), alone)
+    last = combining if splits > 1 else 0
+    return max(compute, busy * share * rate + edge) + last
 
-  return min(range(1, max(1, min(blocks, ctas)) + 1), key=cost)
+  most = max(1, min(blocks, tuning.ctas))
+  splits = [tuning.splits] if tuning.splits else range(1, most + 1)
+  teams = [tuning.team] if tuning.team else [tuning.consumers, 1]
+  best = min(((s, t) for t in teams for s in splits), key=cost)
+  return dataclasses.replace(tuning, splits=best[0], team=best[1])
 
 
 def unsupported(q: jax.Array, k_words: jax.Array) -> str | None:
@@ -166,11 +190,9 @@ def decode_attention(
     q = pad(q)
     q_scale = None if q_scale is None else pad(q_scale)[..., 0]
   rows = Rows.of(length, padded)
-  if tuning.splits is None:
-    splits = best_splits(
-      batch * kv_heads * rows.items, -(-capacity // tuning.block), tuning.ctas
-    )
-    tuning = dataclasses.replace(tuning, splits=splits)
+  tuning = plan(
+    batch * kv_heads * rows.items, -(-capacity // tuning.block), tuning
+  )
   operands = (q, q_scale, k_words, k_scale, v_words, v_scale, starts, counts)
   out = _kernel(*operands, rows=rows, tuning=tuning)
   if padded != group:
@@ -191,7 +213,9 @@ def _kernel(
   batch, queries, n, head_dim = q.shape
   kv_heads = k_words.shape[1]
   block, stages, nc = tuning.block, tuning.stages, tuning.consumers
-  splits = tuning.splits
+  splits, team = tuning.splits, tuning.team
+  rings = nc // team
+  ring_stages = stages // rings
   # Rows of 128 words are copied faster than rows of one token.
   k_row = 1024 // head_dim
   k_words = k_words.reshape(*k_words.shape[:2], -1, 128)
@@ -199,7 +223,8 @@ def _kernel(
   items = batch * heads * splits
   ctas = min(tuning.ctas, items)
   merged = merged_layout(rows.heads, head_dim)
-  partials = 4 * nc
+  partials = 4 * team
+  stride = ctas * rings
   log2_scale = math.log2(math.e) * head_dim**-0.5
 
   def kernel(
@@ -211,11 +236,13 @@ def _kernel(
     out_gmem, *split_gmem = rest[0 if q_scale is None else 1 :]
     wg = lax.axis_index("wg")
     cta = lax.axis_index("cta")
-    my_items = lax.div(items - cta + ctas - 1, ctas)
 
-    def span(i):
-      """Item i of this CTA: its place, its blocks and its tokens."""
-      item = cta + i * ctas
+    def items_of(ring):
+      return lax.div(lax.max(items - ring * ctas - cta, 0) + stride - 1, stride)
+
+    def span(ring, i):
+      """Item i of a ring: its place, its blocks and its tokens."""
+      item = ring * ctas + cta + i * stride
       split = lax.rem(item, splits)
       head = lax.rem(lax.div(item, splits), heads)
       b = lax.div(item, splits * heads)
@@ -227,10 +254,11 @@ def _kernel(
       count = lax.min(share, blocks - first)
       return b, head, split, first, count, start, real
 
-    def merge_part(b, head, split, token, part, real):
-      """Adds up what the warps have of one token's heads."""
+    def merge_part(ring, b, head, split, token, part, real):
+      """Adds up what a team's warps have of one token's heads."""
       rows_of = lambda ref, p: ref.at[
-        p // 4, pl.ds(p % 4 * ROWS + part * rows.heads, rows.heads)
+        ring * team + p // 4,
+        pl.ds(p % 4 * ROWS + part * rows.heads, rows.heads),
       ]
       stat = lambda ref, p: load(rows_of(ref, p), merged.reduce(1))
       top = functools.reduce(
@@ -263,14 +291,11 @@ def _kernel(
           layout=merged,
         )
 
-    @pl.when(wg == nc)
-    def produce():
-      plgpu.set_max_registers(40, action="decrease")
-
+    def produce(ring):
       def item(i, issued):
-        b, head, _, first, count, _, _ = span(i)
+        b, head, _, first, count, _, _ = span(ring, i)
         kv_head, token, query_head = rows.place(head)
-        slot = lax.rem(i, 2)
+        slot = 2 * ring + lax.rem(i, 2)
 
         @pl.when(i >= 2)
         def _():
@@ -289,9 +314,9 @@ def _kernel(
           )
 
         def step(j, _):
-          stage = lax.rem(issued + j, stages)
+          stage = ring * ring_stages + lax.rem(issued + j, ring_stages)
 
-          @pl.when(issued + j >= stages)
+          @pl.when(issued + j >= ring_stages)
           def _():
             plgpu.barrier_wait(empty.at[stage])
             fence_async_proxy()
@@ -311,31 +336,40 @@ def _kernel(
         lax.fori_loop(0, count, step, None)
         return issued + count
 
-      issued = lax.fori_loop(0, my_items, item, jnp.int32(0))
-      for s in range(stages):
+      count = items_of(ring)
+      issued = lax.fori_loop(0, count, item, jnp.int32(0))
+      for s in range(ring_stages):
 
         @pl.when(issued > s)
         def _(s=s):
-          plgpu.barrier_wait(empty.at[s])
+          plgpu.barrier_wait(empty.at[ring * ring_stages + s])
 
       for s in range(2):
 
-        @pl.when(my_items > s)
+        @pl.when(count > s)
         def _(s=s):
-          plgpu.barrier_wait(q_empty.at[s])
+          plgpu.barrier_wait(q_empty.at[2 * ring + s])
+
+    @pl.when(wg == nc)
+    def _():
+      plgpu.set_max_registers(40, action="decrease")
+
+      @plgpu.warp_map
+      def _(warp):
+        @pl.when(warp < rings)
+        def _():
+          produce(warp)
 
     @pl.when(wg < nc)
     def consume():
       plgpu.set_max_registers(_REGISTERS[nc], action="increase")
 
+      ring, member = lax.div(wg, team), lax.rem(wg, team)
+
       def item(i, done):
-        b, head, split, first, count, start, real = span(i)
+        b, head, split, first, count, start, real = span(ring, i)
         _, first_token, query_head = rows.place(head)
-        slot = lax.rem(i, 2)
-        plgpu.barrier_wait(q_full.at[slot])
-        q = load(q_smem.at[slot], frag.queries(head_dim))
-        q = q.astype(jnp.float32).astype(jnp.bfloat16)
-        plgpu.barrier_arrive(q_empty.at[slot])
+        slot = 2 * ring + lax.rem(i, 2)
         # One multiplication by what no score can do without.
         x_scale = fill(log2_scale, (ROWS,), frag.PER_ROW)
         if qs_gmem is not None:
@@ -347,6 +381,10 @@ def _kernel(
             scale = qs_gmem[b, token, query_head + r % rows.heads]
             scale = fill(scale * log2_scale, (ROWS,), frag.PER_ROW)
             x_scale = jnp.where(row == r, scale, x_scale)
+        plgpu.barrier_wait(q_full.at[slot])
+        q = load(q_smem.at[slot], frag.queries(head_dim))
+        q = q.astype(jnp.float32).astype(jnp.bfloat16)
+        plgpu.barrier_arrive(q_empty.at[slot])
         nothing = plgpu.layout_cast(
           jnp.zeros((block // k_row, 128), jnp.uint32),
           frag.key_words(head_dim),
@@ -356,8 +394,8 @@ def _kernel(
 
         def body(j, carry, masked):
           acc, m, l, p_sum = carry
-          index = mine + j * nc
-          stage = lax.rem(done + index, stages)
+          index = mine + j * team
+          stage = ring * ring_stages + lax.rem(done + index, ring_stages)
           plgpu.barrier_wait(full.at[stage])
           keys = load(k_smem.at[stage], frag.key_words(head_dim))
           x = frag.key_products(keys, q)
@@ -389,11 +427,12 @@ def _kernel(
           plgpu.barrier_arrive(empty.at[stage])
           return acc, m_new, l, p_sum
 
-        mine = lax.rem(wg + nc - lax.rem(done, nc), nc)
-        n = lax.div(lax.max(count - mine, 0) + nc - 1, nc)
+        mine = lax.rem(member + team - lax.rem(done, team), team)
+        of_mine = lambda n: lax.div(lax.max(n - mine, 0) + team - 1, team)
+        n = of_mine(count)
         # Blocks whose tokens all queries may see come first.
         whole = lax.div(start + 1, block) - first
-        n_whole = lax.min(n, lax.div(lax.max(whole - mine, 0) + nc - 1, nc))
+        n_whole = lax.min(n, of_mine(whole))
         carry = (
           fill(0.0, (4 * ROWS, head_dim), frag.OUTPUTS),
           fill(_NEVER, (4 * ROWS,), frag.STATS),
@@ -406,30 +445,34 @@ def _kernel(
         carry = loop(0, n_whole, False, carry)
         acc, m, l, p_sum = loop(n_whole, n, True, carry)
 
-        # Merge the warps of all consumers; they take turns to do it.
+        # Merge the team's warps; its consumers take turns to do it.
         l, p_sum = frag.warp_sum(l), frag.warp_sum(p_sum)
         acc = acc - spread(frag.BIAS * p_sum, acc.shape, 0, frag.OUTPUTS)
 
         @pl.when(i > 0)
         def _():
-          plgpu.barrier_wait(merge_done)
+          plgpu.barrier_wait(merge_done.at[ring])
 
         store(m_smem.at[wg], m)
         store(l_smem.at[wg], l)
         store(o_smem.at[wg], acc)
-        plgpu.barrier_arrive(merge_ready)
-        plgpu.barrier_wait(merge_ready)
+        plgpu.barrier_arrive(merge_ready.at[ring])
+        plgpu.barrier_wait(merge_ready.at[ring])
 
-        @pl.when(lax.rem(i, nc) == wg)
+        @pl.when(lax.rem(i, team) == member)
         def merge():
           for part in range(rows.parts):
-            merge_part(b, head, split, first_token + part, part, real)
-          plgpu.barrier_arrive(merge_done)
+            merge_part(ring, b, head, split, first_token + part, part, real)
+          plgpu.barrier_arrive(merge_done.at[ring])
 
         return done + count
 
-      lax.fori_loop(0, my_items, item, jnp.int32(0))
-      plgpu.barrier_wait(merge_done)
+      count = items_of(ring)
+      lax.fori_loop(0, count, item, jnp.int32(0))
+
+      @pl.when(count > 0)
+      def _():
+        plgpu.barrier_wait(merge_done.at[ring])
 
   out_type = [jax.ShapeDtypeStruct(q.shape, jnp.bfloat16)]
   if splits > 1:
@@ -446,7 +489,7 @@ def _kernel(
     num_threads=nc + 1,
     thread_name="wg",
     scratch_types=dict(
-      q_smem=plgpu.SMEM((2, ROWS, head_dim), q.dtype),
+      q_smem=plgpu.SMEM((2 * rings, ROWS, head_dim), q.dtype),
       k_smem=plgpu.SMEM((stages, block // k_row, 128), jnp.uint32),
       ks_smem=plgpu.SMEM((stages, block), k_scale.dtype),
       v_smem=plgpu.SMEM((stages, block // 32, head_dim // 32, 128), jnp.uint32),
@@ -456,10 +499,10 @@ def _kernel(
       l_smem=plgpu.SMEM((nc, 4 * ROWS), jnp.float32),
       full=plgpu.Barrier(num_arrivals=4, num_barriers=stages),
       empty=plgpu.Barrier(num_arrivals=1, num_barriers=stages),
-      q_full=plgpu.Barrier(num_arrivals=rows.parts, num_barriers=2),
-      q_empty=plgpu.Barrier(num_arrivals=nc, num_barriers=2),
-      merge_ready=plgpu.Barrier(num_arrivals=nc),
-      merge_done=plgpu.Barrier(),
+      q_full=plgpu.Barrier(num_arrivals=rows.parts, num_barriers=2 * rings),
+      q_empty=plgpu.Barrier(num_arrivals=team, num_barriers=2 * rings),
+      merge_ready=plgpu.Barrier(num_arrivals=team, num_barriers=rings),
+      merge_done=plgpu.Barrier(num_barriers=rings),
     ),
     compiler_params=plgpu.CompilerParams(
       approx_math=True,

@@ -102,8 +102,8 @@ def test_decode(head_dim, heads, queries, query, scale):
   padding = np.arange(queries) >= counts[:, None]
   want[padding] = 0
   plain = reference_attention.decode_attention(*operands)
-  for splits in (1, 5):
-    tuning = decode_attention.Tuning(splits=splits)
+  for splits, team in ((1, 3), (5, 3), (3, 1)):
+    tuning = decode_attention.Tuning(splits=splits, team=team)
     got = decode_attention.decode_attention(*operands, tuning=tuning)
     ours, theirs = errors(got, plain, want)
     assert (ours <= 2 * theirs + SLACK).all(), (ours, theirs)

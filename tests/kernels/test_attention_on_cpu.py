@@ -117,7 +117,12 @@ def test_prefill_says_what_it_cannot_do():
 
 
 def test_tuning_is_checked():
-  for wrong in ({"block": 100}, {"stages": 10}, {"consumers": 4}):
+  for wrong in (
+    {"block": 100},
+    {"stages": 10},
+    {"consumers": 4},
+    {"team": 2},
+  ):
     with pytest.raises(ConfigError):
       decode_attention.Tuning(**wrong)
   for wrong in ({"block_kv": 48}, {"stages": 1}):
@@ -125,10 +130,18 @@ def test_tuning_is_checked():
       prefill_attention.Tuning(**wrong)
 
 
-def test_best_splits_fills_the_card():
-  assert decode_attention.best_splits(512, 64, 132) == 1
-  assert 8 * decode_attention.best_splits(8, 512, 132) in range(120, 133)
-  assert decode_attention.best_splits(1, 1, 132) == 1
+def test_plan_fills_the_card():
+  def plan(items, blocks):
+    tuning = decode_attention.plan(items, blocks, decode_attention.Tuning())
+    return tuning.splits, tuning.team
+
+  assert plan(512, 64) == (1, 3)
+  splits, team = plan(8, 512)
+  assert 8 * splits in range(120, 133) and team == 3
+  assert plan(1024, 8) == (1, 1)
+  assert plan(1, 1) == (1, 3)
+  chosen = decode_attention.Tuning(splits=7, team=1)
+  assert decode_attention.plan(512, 64, chosen) == chosen
 
 
 @pytest.mark.slow
@@ -149,12 +162,13 @@ def test_kernels_compile_without_spills(tmp_path, monkeypatch):
       (decode, decode_operands(64, 1, 32, 8, 128, 8192)),
       (decode, decode_operands(1, 4, 32, 8, 64, 65536, query=BF16)),
       (decode, decode_operands(16, 1, 32, 32, 128, 4096, scale=E4M3)),
+      (decode, decode_operands(128, 1, 32, 8, 128, 1024)),
       (prefill, prefill_operands(1, 4096, 32, 8, 128, 4096)),
       (prefill, prefill_operands(2, 300, 8, 8, 64, 512)),
     ],
     tmp_path,
   )
-  assert len(reports) == 5
+  assert len(reports) == 6
   for report in reports:
     assert report.spilled_bytes == 0 and not report.serialised_wgmma
   # The second splits sequences, with two parts to an item: were the compiler
@@ -183,15 +197,16 @@ def close(got, want, tolerance):
 
 
 @pytest.mark.parametrize(
-  "heads, head_dim, starts, counts, scale",
+  "heads, head_dim, starts, counts, scale, team",
   [
-    (4, 128, [130], [1], BF16),
-    (4, 64, [5, 200], [3, 2], BF16),
-    (2, 64, [0, 140], [0, 1], E4M3),
-    (12, 128, [40], [2], F32),
+    (4, 128, [130], [1], BF16, 2),
+    (4, 64, [5, 200], [3, 2], BF16, 1),
+    (2, 64, [0, 140], [0, 1], E4M3, 2),
+    (8, 128, [40, 200, 7], [1, 1, 1], F32, 1),
+    (12, 128, [40], [2], F32, 2),
   ],
 )
-def test_interpreted_decode(heads, head_dim, starts, counts, scale):
+def test_interpreted_decode(heads, head_dim, starts, counts, scale, team):
   mosaic_interpreter = interpreter()
   batch, queries, tokens = len(starts), max(counts), 272
   bits = lambda seed, *shape: jnp.asarray(
@@ -208,7 +223,9 @@ def test_interpreted_decode(heads, head_dim, starts, counts, scale):
     jnp.asarray(starts, jnp.int32),
     jnp.asarray(counts, jnp.int32),
   )
-  tuning = decode_attention.Tuning(consumers=2, stages=2, splits=1, ctas=1)
+  tuning = decode_attention.Tuning(
+    consumers=2, stages=2, splits=1, team=team, ctas=1
+  )
   want = reference_attention.decode_attention(*operands)
   with mosaic_interpreter.interpret() as races:
     got = decode_attention.decode_attention(*operands, tuning=tuning)
