@@ -21,6 +21,7 @@ from absl import flags
 
 import fireq_jax
 from fireq_jax import cli
+from fireq_jax.config import LlamaConfig, RopeConfig
 from fireq_jax.errors import ResourceError
 
 Row = dict[str, Any]
@@ -206,3 +207,22 @@ def device_us(
   if not milliseconds:
     raise ResourceError("the profiler saw no kernel")
   return statistics.median(milliseconds) / len(sets) * 1e3
+
+
+def cache_config(
+  q_heads: int, kv_heads: int, head_dim: int, tokens: int
+) -> LlamaConfig:
+  """A model of which only the cache matters."""
+  return LlamaConfig(
+    vocab_size=1,
+    hidden_size=q_heads * head_dim,
+    intermediate_size=1,
+    num_hidden_layers=1,
+    num_attention_heads=q_heads,
+    num_key_value_heads=kv_heads,
+    head_dim=head_dim,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=tokens,
+    rope=RopeConfig(theta=1e4),
+    tie_word_embeddings=True,
+  )

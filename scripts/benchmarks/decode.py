@@ -34,7 +34,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> Iterable[dict]:
   heads = (values.q_heads, values.kv_heads, values.head_dim)
-  copy = isolated(_copy_tbps, timeout_s=values.timeout)
+  copy = isolated(copy_tbps, timeout_s=values.timeout)
   for size in values.sizes:
     shape = (*map(int, size.split("x")), *heads)
     row = isolated(_measure, *shape, timeout_s=values.timeout)
@@ -48,7 +48,7 @@ def run(values: flags.FlagValues) -> Iterable[dict]:
     yield row
 
 
-def _copy_tbps() -> float:
+def copy_tbps() -> float:
   """Bytes read and written a second by the best of a plain copy."""
   size = 2**32
   x = jax.random.bits(jax.random.key(0), (size // 4,), jnp.uint32)

@@ -1,7 +1,8 @@
 """Prefill attention: FP8 products over INT4 keys and values, causal.
 
-`us` is the attention alone, with scales per token; `total_us` adds rounding
-queries, appending keys and values to an INT4 cache and reading it back.
+`us` is the attention alone, with scales per token; `total_us` starts from the
+QKV projection: it adds the rotation, rounding, appending keys and values to an
+INT4 cache and reading it back.
 """
 
 from collections.abc import Iterable
@@ -11,12 +12,13 @@ import jax.numpy as jnp
 from absl import flags
 
 from benchmarks import attention_peers
-from benchmarks.common import device_us, isolated
+from benchmarks.common import cache_config, device_us, isolated
 from fireq_jax import kv_cache
 from fireq_jax.attention import attention
-from fireq_jax.config import KVFormat, LlamaConfig, RopeConfig
+from fireq_jax.config import KVFormat
 from fireq_jax.pallas import kv_layout
 from fireq_jax.pallas import prefill_attention as prefill
+from fireq_jax.pallas.rope_append import rope_append
 from fireq_jax.qtensor import quantize_e4m3
 
 
@@ -48,19 +50,20 @@ def run(values: flags.FlagValues) -> Iterable[dict]:
 
 def _measure(batch, seq, q_heads, kv_heads, head_dim) -> dict:
   keys = jax.random.split(jax.random.key(0), 3)
-  q, k, v = (
-    jax.random.normal(key, (batch, seq, heads, head_dim), jnp.bfloat16)
-    for key, heads in zip(keys, (q_heads, kv_heads, kv_heads))
-  )
+  shape = (batch, seq, kv_heads)
+  q = jax.random.normal(keys[0], (batch, seq, q_heads, head_dim))
   starts = jnp.zeros(batch, jnp.int32)
   counts = jnp.full(batch, seq, jnp.int32)
   kv = KVFormat(cache="int4", query="e4m3")
-  config = _config(q_heads, kv_heads, head_dim, seq)
+  config = cache_config(q_heads, kv_heads, head_dim, seq)
   cache = kv_cache.init_cache(config, batch, seq, kv).layers[0]
 
-  def total(cache, q, k, v):
-    cache = kv_cache.append(cache, k, v, starts, counts)
-    q, q_scale = quantize_e4m3(q)
+  width = (q_heads + 2 * kv_heads) * head_dim
+  qkv = jax.random.normal(keys[0], (batch, seq, width), jnp.bfloat16)
+  angles = 7 * jax.random.uniform(keys[1], (batch, seq, head_dim // 2))
+
+  def total(qkv, cos, sin, cache):
+    q, q_scale, cache = rope_append(qkv, cos, sin, cache, starts, counts)
     out = attention(
       q,
       q_scale,
@@ -72,8 +75,10 @@ def _measure(batch, seq, q_heads, kv_heads, head_dim) -> dict:
     )
     return out, cache
 
-  codes = lambda key: jax.random.randint(key, k.shape, -7, 8).astype(jnp.int8)
-  scales = lambda key: jax.random.uniform(key, k.shape[:3], minval=0.05)
+  codes = lambda key: jax.random.randint(key, (*shape, head_dim), -7, 8).astype(
+    jnp.int8
+  )
+  scales = lambda key: jax.random.uniform(key, shape, minval=0.05)
   operands = (
     *quantize_e4m3(q),
     *kv_layout.prefill_operands(
@@ -92,24 +97,10 @@ def _measure(batch, seq, q_heads, kv_heads, head_dim) -> dict:
     "head_dim": head_dim,
     "us": us,
     "tflops": flops / us * 1e-6,
-    "total_us": device_us(total, [(cache, q, k, v)]),
+    "total_us": device_us(
+      total, [(qkv, jnp.cos(angles), jnp.sin(angles), cache)]
+    ),
   }
-
-
-def _config(q_heads, kv_heads, head_dim, tokens) -> LlamaConfig:
-  return LlamaConfig(
-    vocab_size=1,
-    hidden_size=q_heads * head_dim,
-    intermediate_size=1,
-    num_hidden_layers=1,
-    num_attention_heads=q_heads,
-    num_key_value_heads=kv_heads,
-    head_dim=head_dim,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=tokens,
-    rope=RopeConfig(theta=1e4),
-    tie_word_embeddings=True,
-  )
 
 
 def plot(rows, axes) -> None:
