@@ -24,7 +24,10 @@ codes exact: each group's f32 partial sum is multiplied by its scale.
 
 Few tokens. All SMs must pull the same number of bytes, and wgmma always works
 on 64 rows, but it may work on rows that nobody loads or stores: `rows` is
-chosen such that the tiles fill a whole number of waves.
+chosen such that the tiles fill a whole number of waves. Tiles of 32 rows waste
+nothing: two blocks lie below each other in the 64 rows, each is multiplied by
+the x of both, and of the two sums every row keeps its own block's. The halves
+meet in shared memory at the end of a tile.
 
 Gate and up. Consumer 0 holds rows of the gate and consumer 1 the same rows of
 the up projection; they swap half of their tokens through shared memory, and
