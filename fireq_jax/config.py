@@ -329,6 +329,8 @@ class GenerateConfig:
     top_k: keep the k most likely tokens before sampling; 0 keeps all.
     cache_capacity: tokens per sequence the cache holds; None = prompt length
       plus `max_new_tokens`.
+    prefill_chunk: prompt tokens per sequence that are read at a time, so that
+      a long prompt needs the memory of few; None reads all at once.
   """
 
   max_new_tokens: int
@@ -336,8 +338,14 @@ class GenerateConfig:
   pad_token_id: int = 0
   top_k: int = 0
   cache_capacity: int | None = None
+  prefill_chunk: int | None = None
 
   def __post_init__(self):
+    check(
+      self.prefill_chunk is None or self.prefill_chunk > 0,
+      "prefill_chunk must be positive",
+      got=self.prefill_chunk,
+    )
     check(
       self.max_new_tokens >= 0,
       "max_new_tokens must not be negative",

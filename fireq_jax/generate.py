@@ -379,15 +379,19 @@ def _prefill(params, request, *, config, kv, options, implementation) -> _State:
   batch, width = request.tokens.shape
   # The decode kernel copies units of 16 tokens.
   capacity = -(-_capacity(options, width) // 16) * 16
-  logits, cache = forward(
+  cache = init_cache(config, batch, capacity, kv)
+  read = functools.partial(
+    forward,
     params,
-    request.tokens,
-    init_cache(config, batch, capacity, kv),
     config=config,
-    counts=request.lengths,
     last_only=True,
     implementation=implementation,
   )
+  chunk = options.prefill_chunk or width
+  if chunk >= width:
+    logits, cache = read(request.tokens, cache, counts=request.lengths)
+  else:
+    logits, cache = _read_in_chunks(read, request, cache, chunk)
   shape = (batch, options.max_new_tokens)
   state = _State(
     request=request,
@@ -401,6 +405,27 @@ def _prefill(params, request, *, config, kv, options, implementation) -> _State:
     ),
   )
   return _emit(state, logits, options)
+
+
+def _read_in_chunks(read, request, cache, chunk):
+  """Logits of each prompt's last token, and the cache."""
+  tokens = jnp.pad(
+    request.tokens, ((0, 0), (0, -request.tokens.shape[1] % chunk))
+  )
+  part = lambda start: jax.lax.dynamic_slice_in_dim(tokens, start, chunk, 1)
+
+  def read_chunk(i, carry):
+    logits, cache = carry
+    left = request.lengths - i * chunk
+    counts = jnp.clip(left, 0, chunk)
+    new, cache = read(part(i * chunk), cache, counts=counts)
+    ends = (left > 0) & (left <= chunk)
+    return jnp.where(ends[:, None], new, logits), cache
+
+  logits, _ = jax.eval_shape(read, part(0), cache)
+  chunks = (request.lengths.max() + chunk - 1) // chunk
+  carry = jnp.zeros(logits.shape, logits.dtype), cache
+  return jax.lax.fori_loop(0, chunks, read_chunk, carry)
 
 
 def _step(params, state, *, config, options, implementation) -> _State:

@@ -224,6 +224,18 @@ def test_cache_full_to_the_last_slot(greedy):
     run(tokens, LENGTHS, options(cache_capacity=4 + NEW))
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 16, 40])
+@pytest.mark.parametrize("call", [generate, generate_stream])
+def test_prompts_read_in_chunks(greedy, chunk, call):
+  """Rows that end in the first, a middle and the last chunk, or at its edge."""
+  opts = options(prefill_chunk=chunk)
+  if call is generate:
+    return assert_same(jax.device_get(run(opts=opts)), greedy)
+  tokens, active = streamed(opts=opts)
+  np.testing.assert_array_equal(tokens, greedy.tokens[:, : tokens.shape[1]])
+  assert active.all()
+
+
 def test_nothing_to_generate():
   out = run(opts=options(max_new_tokens=0))
   assert out.tokens.shape == (3, 0)
