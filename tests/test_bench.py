@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import bench
+import jax
 import numpy as np
 import pytest
 from benchmarks import common
@@ -79,3 +80,46 @@ def test_isolated():
     common.isolated(divmod, 7, 0, timeout_s=60)
   with pytest.raises(ResourceError, match="longer than 1 s"):
     common.isolated(time.sleep, 1000, timeout_s=1)
+
+
+def test_layer_and_ffn_measure_what_they_say(monkeypatch):
+  """With calls counted in place of a card's clock."""
+  from benchmarks import ffn, generate, layer
+
+  def call(function, sets, **_):
+    for operands in sets:
+      jax.block_until_ready(jax.jit(function)(*operands))
+    return 1000.0 * len(sets)
+
+  monkeypatch.setattr(common, "device_us", call)
+  monkeypatch.setattr(ffn, "copies", lambda _: 2)
+  row = ffn.measure("tiny", 3)
+  hidden, width = 256, 512
+  assert row["us"] == row["baselines"]["xla_bf16"] == 2000
+  assert row["tflops"] == 3 * 2 * 3 * hidden * width / 2000 / 1e6
+
+  few_and_many = iter([60.0, 100.0])
+  monkeypatch.setattr(
+    common, "device_us", lambda loop, sets: layer.STEPS * next(few_and_many)
+  )
+  row = layer.measure("tiny", "fireq", 2, 1, 32)
+  assert row["us"] == 20
+  config = generate.MODELS["tiny"]
+  assert config.num_hidden_layers == 2
+  codes = (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512) // 2
+  cache = 2 * 32 * 2 * (128 // 2 + 1)
+  floor = (codes + cache) / generate.COPY_BYTES_PER_SECOND * 1e6
+  assert floor < row["byte_floor_us"] < 1.1 * floor
+  assert row["launches"] > 0
+
+
+def test_launches_are_counted():
+  from benchmarks.layer import launches
+
+  text = """
+  %a = f32[2]{0} fusion(%p), kind=kLoop, calls=%fused
+  %b = (f32[2]{0}, s32[]) custom-call(%a), custom_call_target="x"
+  %c = f32[2]{0} copy(%a)
+  %d = f32[2]{0} bitcast(%c)
+  """
+  assert launches(text) == 3

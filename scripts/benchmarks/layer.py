@@ -1,0 +1,115 @@
+"""Device time and kernel launches of one decoder layer.
+
+Taken as half the difference between models of four and of two layers, so that
+what is not a layer, the head above all, drops out. Steps run in a loop that
+carries the cache, as in generate(). Codes are random, made on the device.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from benchmarks import common, generate
+from fireq_jax import kv_cache
+from fireq_jax import recipe as recipes
+from fireq_jax.models.llama import forward
+
+FEW, MANY = 2, 4  # layers of the two models
+STEPS = 16
+
+
+def define_flags(values: flags.FlagValues) -> None:
+  flags.DEFINE_enum(
+    "model",
+    "llama-3-8b",
+    list(generate.MODELS),
+    "Which shape.",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "recipe", "fireq", "Recipe name or file.", flag_values=values
+  )
+  flags.DEFINE_list(
+    "sizes",
+    ["1x1x1024", "4x1x1024", "16x1x1024", "128x1x1024", "16x1024x0"],
+    "Batch x new tokens x tokens in the cache before.",
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    "timeout", 200, "Seconds a row may take.", flag_values=values
+  )
+
+
+def run(values: flags.FlagValues) -> Iterable[dict]:
+  for size in values.sizes:
+    yield common.isolated(
+      measure,
+      values.model,
+      values.recipe,
+      *map(int, size.split("x")),
+      timeout_s=values.timeout,
+    )
+
+
+def measure(
+  model: str, recipe: str, batch: int, tokens: int, context: int
+) -> dict:
+  """One row."""
+  few, many = (
+    _model(model, recipe, layers, batch, tokens, context)
+    for layers in (FEW, MANY)
+  )
+  per_layer = lambda name: (many[name] - few[name]) / (MANY - FEW)
+  us, floor_us = per_layer("us"), per_layer("floor_us")
+  return {
+    "model": model,
+    "batch": batch,
+    "tokens": tokens,
+    "context": context,
+    "us": us,
+    "launches": per_layer("launches"),
+    "byte_floor_us": floor_us,
+    "of_floor": floor_us / us,
+  }
+
+
+def _model(model, recipe, layers, batch, tokens, context):
+  """Microseconds, launches and bytes of a step of a model of some layers."""
+  config = dataclasses.replace(generate.MODELS[model], num_hidden_layers=layers)
+  kv = recipes.load(recipe).kv
+  params = generate.random_params(config, recipes.load(recipe))
+  steps = STEPS if tokens == 1 else 1
+  capacity = -(-(context + steps * tokens) // 16) * 16
+  cache = dataclasses.replace(
+    kv_cache.init_cache(config, batch, capacity, kv),
+    lengths=jnp.full(batch, context, jnp.int32),
+  )
+  ids = jax.random.randint(
+    jax.random.key(1), (batch, tokens), 0, config.vocab_size, jnp.int32
+  )
+
+  def step(_, carry):
+    cache, _ = carry
+    logits, cache = forward(params, ids, cache, config=config, last_only=True)
+    return cache, logits
+
+  logits = jnp.zeros((batch, config.vocab_size), jnp.float32)
+  loop = jax.jit(
+    lambda cache: jax.lax.fori_loop(0, steps, step, (cache, logits))
+  )
+  read = sum(x.nbytes for x in jax.tree.leaves(params["model"]["layers"]))
+  read += batch * context * kv_cache.bytes_per_token(config, kv)
+  return {
+    "us": common.device_us(loop, [(cache,)]) / steps,
+    "launches": launches(str(loop.lower(cache).compile().as_text())),
+    "floor_us": read / generate.COPY_BYTES_PER_SECOND * 1e6,
+  }
+
+
+def launches(hlo: str) -> int:
+  """Kernels and copies in the text of a compiled program."""
+  return len(re.findall(r" (?:fusion|custom-call|copy)\(", hlo))
