@@ -22,7 +22,7 @@ def inline(
   model: Callable[..., Any],
   *,
   arg_types: tuple,
-  return_type: plgpu.ShapeDtypeStruct,
+  return_type: plgpu.ShapeDtypeStruct | tuple[plgpu.ShapeDtypeStruct, ...],
 ) -> Callable[..., Any]:
   """Returns a function on arrays in registers.
 
@@ -31,7 +31,7 @@ def inline(
     model: computes the same from `jax.Array`s; an interpreter of kernels
       finds it as `interpret_model`.
     arg_types: layouts of the arguments.
-    return_type: shape, dtype and layout of the result.
+    return_type: shape, dtype and layout of the result, or of each.
   """
   function = lambda _, *args: emit(*args)
   function.interpret_model = model  # pyrefly: ignore[missing-attribute]

@@ -3,6 +3,8 @@
 Each function has its kernel's signature, without the tuning.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -10,6 +12,7 @@ from fireq_jax import kv_cache
 from fireq_jax.attention import attention
 from fireq_jax.kv_cache import KeyValues, LayerCache
 from fireq_jax.pallas.kv_layout import KV_ORDER, unpack_values, unpack_words
+from fireq_jax.pallas.prefill_fragments import CENTRE
 from fireq_jax.qtensor import quantize_e4m3, round_e4m3
 from fireq_jax.rope import apply_rope, scale_keys
 
@@ -66,9 +69,9 @@ def prefill_attention(
   q: jax.Array,
   q_scale: jax.Array,
   k: jax.Array,
-  k_scale: jax.Array,
   v: jax.Array,
-  v_scale: jax.Array,
+  scales: jax.Array,
+  unit: jax.Array,
   starts: jax.Array,
   counts: jax.Array,
 ) -> jax.Array:
@@ -80,7 +83,8 @@ def prefill_attention(
   group = n // k.shape[1]
   of_query = lambda x: jnp.repeat(x.astype(jnp.float32), group, axis=1)
   k, v = of_query(k), of_query(v.reshape(*v.shape[:-2], tokens))
-  k_scale, v_scale = of_query(k_scale), of_query(v_scale)
+  flat = lambda x: of_query(x.reshape(*x.shape[:2], tokens))
+  k_scale, v_exponent = flat(scales[..., :2]), flat(scales[..., 2:])
 
   scores = jnp.einsum("btnh,bnsh->bnts", q.astype(jnp.float32), k)
   scores *= jnp.swapaxes(q_scale, 1, 2)[..., None] * head_dim**-0.5
@@ -91,13 +95,16 @@ def prefill_attention(
   visible &= (query < counts[:, None])[..., None]
   visible = visible[:, None]
 
-  peak = jnp.max(scores, axis=-1, keepdims=True, where=visible, initial=-1e30)
-  p = jnp.where(visible, jnp.exp(scores - peak), 0.0)
-  held = token < (starts + counts)[:, None, None]
-  largest = jnp.max(v_scale, axis=-1, where=held, initial=1e-30)
-  c = (448 / largest)[..., None]
-  rounded = round_e4m3(p * (v_scale * c)[:, :, None])
-  out = jnp.einsum("bnts,bnhs->btnh", rounded, v)
-  total = jnp.sum(p, axis=-1) * c
-  total = jnp.swapaxes(jnp.where(total > 0, total, 1.0), 1, 2)
-  return (out / total[..., None]).astype(jnp.bfloat16)
+  exponents = scores * math.log2(math.e) + v_exponent[:, :, None]
+  peak = jnp.max(
+    exponents, axis=-1, keepdims=True, where=visible, initial=-1e30
+  )
+  exponents -= jnp.ceil(peak - CENTRE)
+  p = jnp.where(visible, jnp.exp2(exponents), 0.0)
+  out = jnp.einsum("bnts,bnhs->btnh", round_e4m3(p), v)
+  values, weights = out[..., :head_dim], out[..., head_dim : head_dim + 2]
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  factor = jnp.repeat(unit, group, axis=1)[:, None, :, None]
+  return (values * factor / jnp.where(total > 0, total, 1.0)).astype(
+    jnp.bfloat16
+  )

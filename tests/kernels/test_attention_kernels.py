@@ -1,8 +1,9 @@
 """Attention kernels on a GPU: error at most twice that of plain JAX.
 
 Each row of a batch is a case of its own: another length, another number of
-queries. References are NumPy in f64, and the kernels' definitions in the same
-precision as the kernels.
+queries. References are NumPy in f64, and plain JAX in the same precision as the
+kernels: the definition of decode, and for prefill `attention`, which rounds
+probabilities to e4m3 with the best scale of each row.
 """
 
 import jax
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fireq_jax.attention import attention
+from fireq_jax.kv_cache import KeyValues
 from fireq_jax.pallas import (
   decode_attention,
   kv_layout,
@@ -123,21 +126,50 @@ def test_prefill(head_dim, heads, length):
   shape = (len(starts), length, heads[0], head_dim)
   q, q_scale = quantize_e4m3(jax.random.normal(jax.random.key(9), shape))
   value = np.asarray(q, np.float64) * np.asarray(q_scale)[..., None]
-  operands = (
-    q,
-    q_scale,
-    *kv_layout.prefill_operands(k, k_scale, v, v_scale),
-    jnp.asarray(starts, jnp.int32),
-    jnp.asarray(counts, jnp.int32),
-  )
+  positions = [jnp.asarray(x, jnp.int32) for x in (starts, counts)]
   want = exact(value, k, k_scale, v, v_scale, starts)
   want[np.arange(length) >= counts[:, None]] = 0
-  plain = reference_attention.prefill_attention(*operands)
-  got = prefill_attention.prefill_attention(*operands)
+  got, plain = prefill_and_plain(q, q_scale, k, k_scale, v, v_scale, *positions)
   ours, theirs = errors(got, plain, want)
   assert (ours <= 2 * theirs + SLACK).all(), (ours, theirs)
   padding = np.arange(length) >= counts[:, None]
   assert not np.asarray(got, np.float32)[padding].any()
+
+
+def prefill_and_plain(q, q_scale, k, k_scale, v, v_scale, starts, counts):
+  operands = kv_layout.prefill_operands(k, k_scale, v, v_scale)
+  got = prefill_attention.prefill_attention(
+    q, q_scale, *operands, starts, counts
+  )
+  k_scale, v_scale = (x.astype(jnp.float32) for x in (k_scale, v_scale))
+  plain = attention(
+    q,
+    q_scale,
+    KeyValues(k=k, v=v, k_scale=k_scale, v_scale=v_scale),
+    starts=starts,
+    counts=counts,
+    out_dtype=jnp.bfloat16,
+  )
+  return got, plain
+
+
+def test_long_prefill():
+  """Many small probabilities, and values that do not cancel in their sum."""
+  tokens, length = 16384, 64
+  k, k_scale, v, v_scale = codes_and_scales(length, 1, tokens, 1, 128)
+  k_scale = (k_scale * 0.1).astype(jnp.bfloat16)
+  v = jnp.clip(v + 2, -7, 7).astype(jnp.int8)
+  q, q_scale = quantize_e4m3(
+    jax.random.normal(jax.random.key(9), (1, length, 4, 128))
+  )
+  value = np.asarray(q, np.float64) * np.asarray(q_scale)[..., None]
+  starts = jnp.array([tokens - length], jnp.int32)
+  counts = jnp.array([length], jnp.int32)
+  want = exact(value, k, k_scale, v, v_scale, starts)
+  ours, theirs = errors(
+    *prefill_and_plain(q, q_scale, k, k_scale, v, v_scale, starts, counts), want
+  )
+  assert (ours <= 2 * theirs + SLACK).all(), (ours, theirs)
 
 
 def test_prefill_in_chunks_equals_prefill_at_once():
