@@ -51,6 +51,7 @@ from fireq_jax.pallas.decode_rows import (
   spread,
   write,
 )
+from fireq_jax.pallas.device import one_by_one
 from fireq_jax.pallas.inline import fence_async_proxy, load, store
 
 MAX_QUERIES = 8
@@ -199,7 +200,9 @@ def decode_attention(
     batch * kv_heads * rows.items, -(-capacity // tuning.block), tuning
   )
   operands = (q, q_scale, k_words, k_scale, v_words, v_scale, starts, counts)
-  out = _kernel(*operands, rows=rows, tuning=tuning)
+  out = one_by_one(functools.partial(_kernel, rows=rows, tuning=tuning))(
+    *operands
+  )
   if padded != group:
     out = out.reshape(batch, length, kv_heads, padded, head_dim)
     out = out[:, :, :, :group].reshape(batch, length, n, head_dim)

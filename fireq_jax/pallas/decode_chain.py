@@ -43,6 +43,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fireq_jax.pallas import chain_pieces as pieces
+from fireq_jax.pallas.device import one_by_one
 from fireq_jax.pallas.inline import divide, fence_async_proxy, load
 from fireq_jax.pallas.layouts import BLOCK, Encoding, PackedInt4
 
@@ -124,6 +125,11 @@ def decode_chain(
     NotImplementedError: the kernel cannot run this; see `supported`.
   """
   supported(x, a, stages)
+  call = one_by_one(functools.partial(_call, eps=eps))
+  return call(x, a, tuple(stages), counters)
+
+
+def _call(x, a, stages, counters, *, eps):
   tokens = x.shape[0]
   padded = _padded(tokens)
   slots = _ring_slots(tokens, stages)

@@ -1,5 +1,8 @@
 """Where the kernels run."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 
 
@@ -21,3 +24,12 @@ def require_hopper(multiprocessors: int = 1) -> None:
       f"the kernel needs {multiprocessors} multiprocessors,"
       f" not {device.core_count}"
     )
+
+
+def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Makes `vmap` call `function` for one element after another.
+
+  For kernels whose CTAs count each other's arrivals, of which no two launches
+  may run at a time, and for those that change their operands.
+  """
+  return jax.custom_batching.sequential_vmap(function)

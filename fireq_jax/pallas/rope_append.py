@@ -43,6 +43,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fireq_jax.kv_cache import LayerCache
 from fireq_jax.pallas import threads
+from fireq_jax.pallas.device import one_by_one
 from fireq_jax.pallas.threads import WARP
 
 _OCTET = 8  # tokens of a word of values
@@ -183,6 +184,15 @@ def rope_append(
   passes = tuning.passes if tuning else None
   if passes is None:
     passes = 1 if qkv.shape[0] * qkv.shape[1] < 1024 else 4
+  call = functools.partial(_call, passes=passes)
+  if jax.__version_info__ >= (0, 11):  # which lets such a call hold references
+    call = one_by_one(call)
+  return call(qkv, cos, sin, cache, starts, counts, key_scale, key_shift)
+
+
+def _call(
+  qkv, cos, sin, cache, starts, counts, key_scale, key_shift, *, passes
+):
   factors = {"key_scale": key_scale, "key_shift": key_shift}
   factors = {name: x for name, x in factors.items() if x is not None}
   sizes = sizes_of(qkv, cos, cache, passes=passes, factors=tuple(factors))

@@ -108,6 +108,14 @@ def test_what_it_does_not_handle_is_refused():
       supported(*wrong)
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+def test_lowers_for_cuda(tokens):
+  counters = jax.ShapeDtypeStruct((2,), jnp.int32)
+  chain = jax.jit(lambda *args: decode_chain(*args, eps=EPS))
+  trace = chain.trace(*shapes(tokens), counters)
+  assert "mosaic_gpu" in trace.lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
   importlib.util.find_spec("jax_cuda13_plugin") is None,
