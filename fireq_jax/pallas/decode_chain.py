@@ -74,6 +74,10 @@ def supported(
     (x.dtype == jnp.bfloat16, f"x of {x.dtype}"),
     (a is None or a.dtype == jnp.bfloat16, "activations that are not bf16"),
     (
+      a is not None or stages[0][1] is not None,
+      "a first stage that reads activations where there are none",
+    ),
+    (
       all(w.activation == "e4m3" for w, _ in stages),
       "weights for bf16 activations",
     ),

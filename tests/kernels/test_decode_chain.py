@@ -103,6 +103,7 @@ def test_what_it_does_not_handle_is_refused():
     (shapes(9), "9 tokens"),
     (shapes(1, ffn=11008), "not multiples of 2048"),
     (shapes(1, qkv=6144 + 16), "not multiples of 128"),
+    ((shapes(1)[0], None, shapes(1)[2]), "activations where there are none"),
   ):
     with pytest.raises(NotImplementedError, match=reason):
       supported(*wrong)
