@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fireq_jax import calibrate, keys, rotate, smooth, solve
+from fireq_jax import calibrate, keys, rotate, smooth, solve, tune
 from fireq_jax.config import LlamaConfig
 from fireq_jax.errors import ConfigError, QuantizationError
 from fireq_jax.models import llama
@@ -114,7 +114,7 @@ def quantize_model(
   exact = []
   if tokens is not None:
     exact = _embed(embedding["embed_tokens"]["embedding"], tokens)
-  real = exact if recipe.solver.reads_inputs else []
+  real = exact if recipe.reads_inputs else []
   head = _checked(source.head(), "head")
   if rotation is not None:
     tied = original["embed_tokens"]["embedding"]
@@ -143,6 +143,17 @@ def quantize_model(
         config=config,
         kv=recipe.kv,
       )
+      if recipe.tuning.steps:
+        quantized, _ = tune.tune_layer(
+          smoothed,
+          quantized,
+          jnp.concatenate(real),
+          jnp.concatenate(exact_next),
+          formats=formats,
+          tuning=recipe.tuning,
+          config=config,
+          kv=recipe.kv,
+        )
       real = [_run(quantized, x, config=config, kv=recipe.kv) for x in real]
     else:
       quantized = _quantize(smoothed, formats=formats, recipe=recipe)

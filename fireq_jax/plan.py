@@ -19,6 +19,8 @@ from fireq_jax.recipe import PROJECTIONS, Recipe
 _BASE_BYTES = 700_000_000
 # Copies of a layer alive at once: read, smoothed, quantised, dequantised.
 _LAYER_COPIES = 4
+# And in f32 while it is trained: start, offsets, two moments, gradient, values.
+_TRAINED_COPIES = 6
 _DISK_MARGIN = 1.1
 
 
@@ -85,6 +87,9 @@ def make_plan(
   moments = 0
   if calibration_tokens and (recipe.solver.weighted or recipe.solver.gptq):
     moments = 3 * 4 * config.intermediate_size**2
+  copies = _LAYER_COPIES
+  if recipe.tuning.steps:
+    copies += _TRAINED_COPIES
   count = config.num_hidden_layers
   formats = [
     recipe.weight_format(i, name, count)
@@ -99,7 +104,7 @@ def make_plan(
     bytes_out=bytes_out,
     peak_bytes=_BASE_BYTES
     + bytes_out
-    + _LAYER_COPIES * 4 * layer_elements
+    + copies * 4 * layer_elements
     + activations
     + moments,
     disk_bytes=int(bytes_out * _DISK_MARGIN) + (1 << 20),

@@ -118,6 +118,29 @@ class Solver:
 
 
 @_frozen
+class Tuning:
+  """Gradient descent on all a layer stores, for its output's error.
+
+  Attributes:
+    steps: of a layer; 0 is off.
+    batch: calibration windows of a step.
+    weight_rate: first step of weights, in units of their scales.
+    factor_rate: of norms' gains and of the factors of keys, relative.
+  """
+
+  steps: int = 0
+  batch: int = 8
+  weight_rate: float = 0.01
+  factor_rate: float = 0.001
+
+  def __post_init__(self):
+    check(self.steps >= 0, "steps must not be negative", got=self.steps)
+    check(self.batch > 0, "batch must be positive", got=self.batch)
+    for name in ("weight_rate", "factor_rate"):
+      _check_number(name, getattr(self, name), least=0.0)
+
+
+@_frozen
 class ChannelScaling:
   """Diagonal factors moved between a linear layer and what feeds it.
 
@@ -238,13 +261,19 @@ class Recipe:
   scaling: ChannelScaling = ChannelScaling()
   keys: KeyScaling = KeyScaling()
   rotation: Rotation = Rotation()
+  tuning: Tuning = Tuning()
   overrides: tuple[Override, ...] = ()
+
+  @property
+  def reads_inputs(self) -> bool:
+    """Whether it looks at what layers get in the quantised model."""
+    return self.solver.reads_inputs or self.tuning.steps > 0
 
   @property
   def needs_calibration(self) -> bool:
     """Whether quantising reads activations, and so needs tokens."""
     return bool(
-      self.solver.reads_inputs
+      self.reads_inputs
       or self.scaling.awq
       or self.keys.alpha > 0
       or self.keys.top_k > 0

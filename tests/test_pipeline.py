@@ -31,6 +31,9 @@ CONFIG = LlamaConfig(
 PARAMS = llama.init_params(CONFIG, jax.random.key(0))
 TOKENS = np.random.default_rng(0).integers(0, 64, (3, 16), np.int32)
 RECIPES = {name: recipes.load(name) for name in recipes.presets()} | {
+  "best": dataclasses.replace(
+    recipes.load("best"), tuning=recipes.Tuning(steps=3)
+  ),
   "everything": Recipe(
     name="everything",
     weight=WeightFormat(group=64),

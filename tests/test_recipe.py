@@ -68,6 +68,7 @@ def test_a_recipe_with_every_field_set_survives_a_round_trip():
     ),
     scaling=recipes.ChannelScaling(down=1e-7, awq=(0.0, 0.3)),
     solver=recipes.Solver(scale="search", gptq=True),
+    tuning=recipes.Tuning(steps=7, batch=2, weight_rate=0.5),
   )
   text = recipes.dumps(recipe)
   assert recipes.from_dict(yaml.safe_load(text)) == recipe
@@ -88,6 +89,9 @@ def test_a_recipe_with_every_field_set_survives_a_round_trip():
     ("name: a\nkeys: {beta: 8.0}", "beta and top_k"),
     ("name: a\nkeys: {fit: true, alpha: 8.0}", "fit replaces alpha"),
     ("name: a\nsolver: {gptq: true}", "gptq need the scale search"),
+    ("name: a\ntuning: {steps: -1}", "steps must not be negative"),
+    ("name: a\ntuning: {batch: 0}", "batch must be positive"),
+    ("name: a\ntuning: {weight_rate: -0.1}", "weight_rate must be finite"),
     ("name: a\nkv: {cache: int3}", "cache format"),
     ("name: a\nscaling: {awq: 1.0}", "awq: not a list"),
     ("name: a\noverrides: [{projections: [q]}]", "unknown projection 'q'"),

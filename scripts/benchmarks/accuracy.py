@@ -7,6 +7,7 @@ result (`fireq_jax/outliers.py`).
 """
 
 import dataclasses
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,9 +37,9 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_multi_float(
     "outliers", [1.0], "Factors of injected outliers; 1: none.", **define
   )
-  flags.DEFINE_integer("num_windows", 50, "Of each text.", **define)
-  flags.DEFINE_integer("seq_len", 1024, "Tokens of a window.", **define)
-  flags.DEFINE_integer("num_calib", 32, "Calibration windows.", **define)
+  flags.DEFINE_integer("num_windows", 200, "Of each text.", **define)
+  flags.DEFINE_integer("seq_len", 512, "Tokens of a window.", **define)
+  flags.DEFINE_integer("num_calib", 256, "Calibration windows.", **define)
 
 
 def run(values: flags.FlagValues) -> Iterable[dict]:
@@ -63,11 +64,12 @@ def run(values: flags.FlagValues) -> Iterable[dict]:
       for text in values.text
     }
     for factor in values.outliers:
-      variants = list(_variants(model, values.recipe, calibration, factor))
+      made = list(_variants(model, values.recipe, calibration, factor))
+      variants = [variant for variant, _ in made]
       for text, windows in texts.items():
         scores = evaluate([model, *variants], windows)[1:]
         float_ppl = scores[0].ppl
-        for variant, score in zip(variants, scores):
+        for (variant, took), score in zip(made, scores):
           yield {
             "model": Path(ckpt).name,
             "text": text,
@@ -79,6 +81,7 @@ def run(values: flags.FlagValues) -> Iterable[dict]:
             "kl": round(score.kl, 5),
             "top1": round(score.top1, 4),
             "seconds": round(score.seconds, 1),
+            "quantize_seconds": round(took, 1),
             "windows": len(windows),
             "seq_len": values.seq_len,
           }
@@ -86,21 +89,24 @@ def run(values: flags.FlagValues) -> Iterable[dict]:
 
 def _variants(
   model: Checkpoint, recipes: list[str], tokens: np.ndarray, factor: float
-) -> Iterable[Checkpoint]:
-  """The float model, then each recipe with its KV format and in bf16."""
+) -> Iterable[tuple[Checkpoint, float]]:
+  """The float model, then each recipe with its KV format and in bf16, and
+  the seconds that quantising took."""
   params = model.params
   if factor != 1:
     params = outliers.inject(params, model.config, factor=factor)
   for name in sorted(recipes, key=lambda name: name != "none"):
     steps = recipe.load(name)
+    start = time.perf_counter()
     quantized = pipeline.quantize_model(
       pipeline.Source.from_params(params), model.config, steps, tokens
     )
+    took = time.perf_counter() - start
     changed = dataclasses.replace(model, params=quantized, recipe=steps)
-    yield changed
+    yield changed, took
     if steps.kv.cache != "bf16" and steps.weight is not None:
       plain = dataclasses.replace(steps, kv=KVFormat())
-      yield dataclasses.replace(changed, recipe=plain)
+      yield dataclasses.replace(changed, recipe=plain), took
 
 
 def plot(rows: list[dict], axes) -> None:

@@ -1,0 +1,379 @@
+"""A quantised layer, trained to give what the float layer gives.
+
+GPTQ looks at one projection at a time and takes the error of activations,
+keys and values as given. Here all that is stored of a decoder layer moves at
+once, by gradient descent on the error of the layer's output with everything
+rounded as at run time: weights, activations, queries, keys, values and
+probabilities. Roundings pass gradients straight through (Bengio et al. 2013,
+arXiv 1308.3432); a layer is the block of Li et al. 2021 (arXiv 2102.05426).
+Formats, scales and bytes stay what they were.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fireq_jax import kv_cache
+from fireq_jax.codebook import nearest_codes
+from fireq_jax.config import KVFormat, LlamaConfig
+from fireq_jax.linear import RMSNorm
+from fireq_jax.models import llama
+from fireq_jax.qtensor import (
+  QTensor,
+  code_values,
+  pack_int4,
+  quantize_e4m3,
+  unpack_int4,
+)
+from fireq_jax.recipe import PROJECTIONS, Tuning, WeightFormat
+from fireq_jax.rope import apply_rope
+
+Params = dict[str, Any]
+Formats = tuple[tuple[str, WeightFormat | None], ...]
+
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_KEYS = ("key_scale", "key_shift")
+# Weights start this far from their code's value on the way to the float weight,
+# or to the border of the code's cell if that is beyond: from the border the
+# first steps would undo GPTQ, and from the value all codes change at once.
+_START = 0.6
+# What a relative offset of key_shift is relative to: the size of fitted keys.
+_KEY_SIZE = 8.0
+_DECAY = (0.9, 0.95)
+
+
+@functools.partial(
+  jax.jit, static_argnames=("formats", "tuning", "config", "kv")
+)
+def tune_layer(
+  exact: Params,
+  quantized: Params,
+  inputs: jax.Array,
+  targets: jax.Array,
+  *,
+  formats: Formats,
+  tuning: Tuning,
+  config: LlamaConfig,
+  kv: KVFormat,
+) -> tuple[Params, jax.Array]:
+  """Moves codes, norms' gains and factors of keys to where the output is best.
+
+  The error of a token is the squared difference of its output over the square
+  of the output it should have.
+
+  Args:
+    exact: the float layer that was quantised, f32 or bf16 kernels.
+    quantized: the layer to start from.
+    inputs: bf16 [W, T, D], what the layer gets in the quantised model.
+    targets: bf16 [W, T, D], what the float model has after the layer.
+    formats: of every projection.
+    tuning: how long and how fast.
+    config: the model.
+    kv: format of keys and values.
+
+  Returns:
+    the layer, of the same formats and dtypes, unchanged if its error on
+    `inputs` would not be smaller; and f32 [steps], the mean error
+    of each step's tokens before the step.
+  """
+  start = _start(exact, quantized, dict(formats))
+  moved = jax.tree.map(jnp.zeros_like, _movable(quantized, start))
+  rates = {
+    name: jax.tree.map(lambda _, rate=rate: rate, moved[name])
+    for name, rate in (
+      ("weights", tuning.weight_rate),
+      ("gains", tuning.factor_rate),
+      ("keys", tuning.factor_rate),
+    )
+  }
+  windows = inputs.shape[0]
+  batch = min(tuning.batch, windows)
+  batches = windows // batch
+
+  def error(moved, x, y):
+    layer = _moved(quantized, start, moved, dict(formats))
+    got = _forward(layer, x, config=config, kv=kv).astype(jnp.float32)
+    wanted = y.astype(jnp.float32)
+    size = jnp.square(wanted).mean(axis=-1)
+    miss = jnp.square(got - wanted).mean(axis=-1)
+    return (miss / jnp.maximum(size, 1e-20)).mean()
+
+  def step(i, state):
+    moved, moments, errors = state
+    epoch = jax.random.fold_in(jax.random.key(0), i // batches)
+    order = jax.random.permutation(epoch, windows)
+    chosen = jax.lax.dynamic_slice_in_dim(order, i % batches * batch, batch)
+    value, slope = jax.value_and_grad(error)(
+      moved, inputs[chosen], targets[chosen]
+    )
+    fade = 0.5 * (1 + jnp.cos(jnp.pi * i / tuning.steps))
+    moved, moments = _adam(moved, slope, moments, i, rates, fade)
+    return moved, moments, errors.at[i].set(value)
+
+  def total(moved):
+    def add(i, total):
+      part = lambda a: jax.lax.dynamic_slice_in_dim(a, i * batch, batch)
+      return total + error(moved, part(inputs), part(targets))
+
+    return jax.lax.fori_loop(0, batches, add, 0.0)
+
+  still = moved
+  zeros = (jax.tree.map(jnp.zeros_like, moved),) * 2
+  moved, _, errors = jax.lax.fori_loop(
+    0, tuning.steps, step, (moved, zeros, jnp.zeros(tuning.steps))
+  )
+  better = total(moved) < total(still)  # not if it is NaN
+  moved = jax.tree.map(lambda a, b: jnp.where(better, a, b), moved, still)
+  return _stored(quantized, start, moved, dict(formats)), errors
+
+
+def _adam(values, slope, moments, i, rates, fade):
+  """One step of Adam (Kingma and Ba 2015, arXiv 1412.6980)."""
+  decay1, decay2 = _DECAY
+  first = jax.tree.map(
+    lambda m, g: decay1 * m + (1 - decay1) * g, moments[0], slope
+  )
+  second = jax.tree.map(
+    lambda v, g: decay2 * v + (1 - decay2) * g * g, moments[1], slope
+  )
+  unbias1, unbias2 = (1 / (1 - d ** (i + 1.0)) for d in _DECAY)
+
+  def move(value, m, v, rate):
+    size = jnp.sqrt(v * unbias2) + 1e-12
+    return value - fade * rate * (m * unbias1) / size
+
+  return jax.tree.map(move, values, first, second, rates), (first, second)
+
+
+def _start(
+  exact: Params, quantized: Params, formats: dict[str, WeightFormat | None]
+) -> dict[str, jax.Array]:
+  """Where weights start: f32 [N, C], tensor scale applied, inside the cells
+  of their codes."""
+  start = {}
+  for name, block in PROJECTIONS.items():
+    weight_format = formats[name]
+    if weight_format is None:
+      continue
+    weight = quantized[block][name]["kernel"]
+    wanted = exact[block][name]["kernel"].T.astype(jnp.float32)
+    wanted = wanted * weight.tensor_scale
+    codes, scale = unpack_int4(weight.codes), _scales(weight)
+    value = code_values(codes, scale)
+    low, high = (
+      (value + code_values(codes + jnp.int8(step), scale)) / 2
+      for step in (-1, 1)
+    )
+    low = jnp.where(codes <= weight_format.lowest_code, -jnp.inf, low)
+    high = jnp.where(codes >= 7, jnp.inf, high)
+    start[name] = value + _START * (jnp.clip(wanted, low, high) - value)
+  return start
+
+
+def _scales(weight: QTensor) -> jax.Array:
+  """The scale of every weight, [N, C]; wide types, to repeat on any device."""
+  wide = jnp.repeat(weight.scale.astype(jnp.float32), weight.group, axis=1)
+  return wide.astype(weight.scale.dtype)
+
+
+def _movable(quantized: Params, start: dict[str, jax.Array]) -> Params:
+  """What moves: weights in units of their scales, all else relatively."""
+  attn = quantized["self_attn"]
+  gain = lambda name: quantized[name]["weight"].astype(jnp.float32)
+  return {
+    "weights": start,
+    "gains": {name: gain(name) for name in _NORMS},
+    "keys": {name: attn[name] for name in _KEYS if name in attn},
+  }
+
+
+def _moved(
+  quantized: Params,
+  start: dict[str, jax.Array],
+  moved: Params,
+  formats: dict[str, WeightFormat | None],
+) -> Params:
+  """The layer at offsets `moved`, differentiable: `QTensor`s become f32
+  [N, C], tensor scale applied, which `_Weight` tells how to multiply."""
+  attn = dict(quantized["self_attn"])
+  mlp = dict(quantized["mlp"])
+  blocks = {"self_attn": attn, "mlp": mlp}
+  for name, x in moved["weights"].items():
+    block = blocks[PROJECTIONS[name]]
+    block[name] = _Weight(block[name]["kernel"], start[name], x, formats[name])
+  keys = moved["keys"]
+  if "key_scale" in keys:
+    attn["key_scale"] = attn["key_scale"] * jnp.exp(keys["key_scale"])
+  if "key_shift" in keys:
+    attn["key_shift"] = attn["key_shift"] + _KEY_SIZE * keys["key_shift"]
+  gains = {
+    name: {
+      "weight": quantized[name]["weight"].astype(jnp.float32)
+      * (1 + moved["gains"][name])
+    }
+    for name in _NORMS
+  }
+  return {**blocks, **gains}
+
+
+class _Weight:
+  """A weight on its way: what it is rounded to, and how inputs meet it."""
+
+  def __init__(self, weight: QTensor, start, moved, weight_format):
+    self.weight, self.scale = weight, _scales(weight)
+    self.wanted = start + moved * self.scale.astype(jnp.float32)
+    self.codes = nearest_codes(
+      jax.lax.stop_gradient(self.wanted),
+      self.scale,
+      lowest=weight_format.lowest_code,
+    )
+
+  def __call__(self, x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """x [..., C] -> f32 [..., N], as `fireq_jax.linear.linear` computes it."""
+    value = code_values(self.codes, self.scale)
+    reach = code_values(jnp.int8(8), self.scale)
+    # Beyond the last code there is nothing to gain.
+    value = _straight(jnp.clip(self.wanted, -reach, reach), value)
+    rounded = self.scale.dtype == jnp.float8_e4m3fn
+    operand = jnp.bfloat16 if rounded else jnp.float32
+    row_scale = 1.0
+    if self.weight.activation == "e4m3":
+      x, row_scale = _rows(x)
+    else:
+      x = x.astype(dtype)
+    y = _matmul(x.astype(operand), value.astype(operand).T)
+    return y * (row_scale / self.weight.tensor_scale)
+
+
+def _forward(
+  layer: Params, x: jax.Array, *, config: LlamaConfig, kv: KVFormat
+) -> jax.Array:
+  """`llama.decoder_layer` on [W, T, D], with gradients through roundings."""
+  batch, length, _ = x.shape
+  attn, mlp, dtype = layer["self_attn"], layer["mlp"], x.dtype
+  span = llama.make_span(
+    config,
+    jnp.zeros(batch, jnp.int32),
+    jnp.full(batch, length, jnp.int32),
+    length,
+  )
+  heads = lambda x: x.reshape(*x.shape[:-1], -1, config.head_dim)
+  norm = lambda name, x: RMSNorm(layer[name]["weight"], config.rms_norm_eps)(x)
+
+  def project(weight, x, residual=None):
+    if isinstance(weight, _Weight):
+      y = weight(x, dtype)
+    else:
+      y = _matmul(x.astype(dtype), weight["kernel"])
+    if residual is not None:
+      y = y + residual.astype(jnp.float32)
+    return y.astype(dtype)
+
+  h = norm("input_layernorm", x)
+  q, k, v = (heads(project(attn[n], h)) for n in ("q_proj", "k_proj", "v_proj"))
+  q, k = (apply_rope(a, span.cos, span.sin) for a in (q, k))
+  if "key_scale" in attn:
+    k = k * attn["key_scale"]
+    groups = q.shape[2] // k.shape[2]
+    q = q / jnp.repeat(attn["key_scale"], groups, axis=0)
+  if "key_shift" in attn:
+    k = k - attn["key_shift"]
+  out = _attention(q, k, v.astype(jnp.float32), kv, dtype)
+  x = project(attn["o_proj"], out.reshape(batch, length, -1), x)
+  h = norm("post_attention_layernorm", x)
+  gate, up = (
+    project(mlp[n], h).astype(jnp.float32) for n in ("gate_proj", "up_proj")
+  )
+  return project(mlp["down_proj"], (jax.nn.silu(gate) * up).astype(dtype), x)
+
+
+def _attention(q, k, v, kv: KVFormat, dtype) -> jax.Array:
+  """`attention` of f32 [W, T, N, H] to [W, T, K, H] twice."""
+  batch, length, heads, head_dim = q.shape
+  q_scale = k_scale = v_scale = None
+  if kv.query == "e4m3":
+    q, q_scale = _rows(q)
+  if kv.cache != "bf16":
+    held = kv_cache.encode(k, v, kv)
+    k, k_scale = _cached(k, held.k, held.k_scale)
+    v, v_scale = _cached(v, held.v, held.v_scale)
+  group = (batch, length, k.shape[2], -1)
+  q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+  scores = _einsum("btkgh,bskh->bkgts", q.reshape(*group, head_dim), k)
+  scores *= head_dim**-0.5
+  if q_scale is not None:
+    scores *= jnp.moveaxis(q_scale.reshape(*group), 1, -1)[..., None]
+  over_tokens = lambda scale: jnp.moveaxis(scale, 1, -1)[:, :, None, None]
+  if k_scale is not None:
+    scores *= over_tokens(k_scale)
+  visible = jnp.tril(jnp.ones((length, length), bool))
+  p = jax.nn.softmax(scores, axis=-1, where=visible)
+  p_scale = 1.0
+  if v_scale is not None:
+    p = p * over_tokens(v_scale)
+    if q_scale is not None:
+      p, p_scale = _rows(p)
+  out = _einsum("bkgts,bskh->bkgth", p.astype(jnp.bfloat16), v) * p_scale
+  out = jnp.moveaxis(out, 3, 1)
+  return out.reshape(batch, length, heads, head_dim).astype(dtype)
+
+
+def _rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """e4m3 codes of each row in f32, and scales [..., 1]."""
+  x = x.astype(jnp.float32)
+  codes, scale = jax.lax.stop_gradient(quantize_e4m3(x, jnp.float32))
+  return _straight(x / scale[..., None], codes), scale[..., None]
+
+
+def _cached(x, codes, scale):
+  """Codes of keys or values in f32 and their scales [..., K]; the scale
+  follows the largest channel, in gradients too."""
+  # Not `max`: its gradient divides by how many channels equal the result,
+  # which is none where XLA computes x twice and not to the same bit.
+  index = jnp.argmax(jnp.abs(x), axis=-1, keepdims=True)
+  largest = jnp.abs(jnp.take_along_axis(x, index, axis=-1))[..., 0]
+  zero = largest == 0
+  ratio = jax.lax.stop_gradient(scale / jnp.where(zero, 1.0, largest))
+  scale = jnp.where(zero, 1.0, largest * ratio)
+  return _straight(x / scale[..., None], codes.astype(jnp.float32)), scale
+
+
+def _straight(x: jax.Array, rounded: jax.Array) -> jax.Array:
+  """`rounded`, with the gradient of x."""
+  return x + jax.lax.stop_gradient(rounded - x)
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _stored(
+  quantized: Params,
+  start: dict[str, jax.Array],
+  moved: Params,
+  formats: dict[str, WeightFormat | None],
+) -> Params:
+  """The layer at offsets `moved`, in its formats."""
+  at = _moved(quantized, start, moved, formats)
+  layer = {
+    name: {"weight": at[name]["weight"].astype(block["weight"].dtype)}
+    for name, block in quantized.items()
+    if name in _NORMS
+  }
+  for block in ("self_attn", "mlp"):
+    layer[block] = {
+      name: {
+        "kernel": dataclasses.replace(leaf.weight, codes=pack_int4(leaf.codes))
+      }
+      if isinstance(leaf, _Weight)
+      else leaf
+      for name, leaf in at[block].items()
+    }
+  return layer
