@@ -47,7 +47,7 @@ def define_flags(values: flags.FlagValues) -> None:
     **define,
   )
   flags.DEFINE_integer(
-    "num_calib", 256, "Calibration windows.", lower_bound=1, **define
+    "num_calib", 128, "Calibration windows.", lower_bound=1, **define
   )
   flags.DEFINE_integer(
     "seq_len", 512, "Tokens of a calibration window.", lower_bound=1, **define

@@ -39,7 +39,7 @@ def define_flags(values: flags.FlagValues) -> None:
   )
   flags.DEFINE_integer("num_windows", 200, "Of each text.", **define)
   flags.DEFINE_integer("seq_len", 512, "Tokens of a window.", **define)
-  flags.DEFINE_integer("num_calib", 256, "Calibration windows.", **define)
+  flags.DEFINE_integer("num_calib", 128, "Calibration windows.", **define)
 
 
 def run(values: flags.FlagValues) -> Iterable[dict]:
