@@ -116,14 +116,18 @@ def quantize_model(
     exact = _embed(embedding["embed_tokens"]["embedding"], tokens)
   real = exact if recipe.reads_inputs else []
   head = _checked(source.head(), "head")
+  tied = original["embed_tokens"]["embedding"]
   if rotation is not None:
-    tied = original["embed_tokens"]["embedding"]
     head = jax.jit(rotate.rotate_head)(head, tied, rotation)
+  if recipe.head is not None:
+    kernel = head["lm_head"]["kernel"] if "lm_head" in head else tied.T
+    head["lm_head"] = {"kernel": _quantize_head(kernel, recipe=recipe)}
+    del kernel
   params = {"model": {**jax.device_get(embedding), "layers": []}}
   head = jax.device_get(llama.cast_floats(head, jnp.bfloat16))
   params["model"]["norm"] = head.pop("norm")
   params.update(head)
-  del original, embedding
+  del original, embedding, tied
 
   for index in range(config.num_hidden_layers):
     start = time.perf_counter()
@@ -190,7 +194,7 @@ def _smooth(
       raise QuantizationError(
         "calibration activations are not finite", where=f"layer {index}"
       )
-  dtype = jnp.float32 if recipe.solver.scale == "search" else jnp.bfloat16
+  dtype = _solved_dtype(recipe.solver)
   layer, factors = _choose_factors(
     _with_dtypes(layer, dtype), stats, before_rope, config=config, recipe=recipe
   )
@@ -231,6 +235,22 @@ def _quantize(layer, *, formats, recipe: Recipe) -> Params:
         "kernel": quantize_weight(kernel, weight_format, solver=recipe.solver)
       }
   return llama.cast_floats(quantized, jnp.bfloat16)
+
+
+@functools.partial(jax.jit, static_argnames=("recipe",))
+def _quantize_head(kernel: jax.Array, *, recipe: Recipe) -> QTensor:
+  """Quantises lm_head [D, V] on its own, whatever inputs the solver reads."""
+  assert recipe.head is not None
+  return quantize_weight(
+    kernel.astype(_solved_dtype(recipe.solver)),
+    recipe.head,
+    solver=Solver(scale=recipe.solver.scale),
+  )
+
+
+def _solved_dtype(solver: Solver) -> jax.typing.DTypeLike:
+  """Of the weights it rounds."""
+  return jnp.float32 if solver.scale == "search" else jnp.bfloat16
 
 
 @jax.jit

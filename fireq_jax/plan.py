@@ -83,6 +83,9 @@ def make_plan(
     dataclasses.replace(config, num_hidden_layers=1), Recipe(name="float")
   )["model"]["layers"][0]
   layer_elements = sum(math.prod(x.shape) for x in jax.tree.leaves(float_layer))
+  if recipe.head is not None:  # quantised as a whole, before a layer is read
+    head_elements = config.vocab_size * config.hidden_size
+    layer_elements = max(layer_elements, head_elements)
   activations = 2 * 2 * calibration_tokens * config.hidden_size
   moments = 0
   if calibration_tokens and (recipe.solver.weighted or recipe.solver.gptq):

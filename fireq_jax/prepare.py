@@ -1,7 +1,8 @@
 """From the parameters of a checkpoint to those that run fast.
 
 Projections of one input become one, `self_attn/qkv_proj` and
-`mlp/gate_up_proj`, and INT4 weights go to the order the kernels read.
+`mlp/gate_up_proj`, and INT4 weights, a quantised `lm_head` among them, go to
+the order the kernels read.
 Float projections stay as they are. Execution parameters are never stored.
 """
 
@@ -32,12 +33,19 @@ def prepare(params: Params, *, donate: bool = False) -> Params:
   for layer in params["model"]["layers"]:
     layers.append(prepare_layer(layer))
     if donate:
-      jax.block_until_ready(layers[-1])
-      kept = {id(leaf) for leaf in jax.tree.leaves(layers[-1])}
-      for leaf in jax.tree.leaves(layer):
-        if isinstance(leaf, jax.Array) and id(leaf) not in kept:
-          leaf.delete()
-  return params | {"model": params["model"] | {"layers": layers}}
+      _delete_replaced(layer, layers[-1])
+  head = prepare_head({k: v for k, v in params.items() if k != "model"})
+  if donate:
+    _delete_replaced(params | {"model": {}}, head)
+  return head | {"model": params["model"] | {"layers": layers}}
+
+
+def prepare_head(params: Params) -> Params:
+  """Returns `params` with a quantised `lm_head` packed, if there is one."""
+  params = dict(params)
+  if "lm_head" in params:
+    _pack(params, ("lm_head",), "lm_head")
+  return params
 
 
 def prepare_layer(layer: Params) -> Params:
@@ -50,6 +58,15 @@ def prepare_layer(layer: Params) -> Params:
   _pack(mlp, ("gate_proj", "up_proj"), "gate_up_proj", gated=True)
   _pack(mlp, ("down_proj",), "down_proj")
   return layer | {"self_attn": attn, "mlp": mlp}
+
+
+def _delete_replaced(old: Params, new: Params) -> None:
+  """Deletes the arrays of `old` that are not in `new`, once that is made."""
+  jax.block_until_ready(new)
+  kept = {id(leaf) for leaf in jax.tree.leaves(new)}
+  for leaf in jax.tree.leaves(old):
+    if isinstance(leaf, jax.Array) and id(leaf) not in kept:
+      leaf.delete()
 
 
 def _pack(

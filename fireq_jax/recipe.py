@@ -90,7 +90,7 @@ class Solver:
   """How scales and codes are found; no stored byte changes its meaning.
 
   All but `scale` read the inputs each projection really gets, with what comes
-  before it in the model already quantised.
+  before it in the model already quantised. Of lm_head they find scales alone.
 
   Attributes:
     scale: `abs_max` takes max|w| / 7 (published), `search` the scale of least
@@ -249,13 +249,16 @@ class Recipe:
   """Everything that turns a float model into a quantised one.
 
   Attributes:
-    weight: format of every projection; None leaves bf16. Embedding, lm_head
-      and norms always stay bf16.
+    weight: format of every projection; None leaves bf16. Embedding and norms
+      always stay bf16.
+    head: format of lm_head; None leaves bf16. With one, a tied model gets an
+      `lm_head` of its own.
     overrides: exceptions to `weight`; the last one that matches counts.
   """
 
   name: str
   weight: WeightFormat | None = None
+  head: WeightFormat | None = None
   kv: KVFormat = KVFormat()
   solver: Solver = Solver()
   scaling: ChannelScaling = ChannelScaling()
@@ -313,22 +316,30 @@ class Recipe:
     }
     for layer in range(num_layers):
       for name, size in in_features.items():
-        weight = self.weight_format(layer, name, num_layers)
-        if weight is None or size % weight.group == 0:
-          continue
-        valid = [str(g) for g in GROUPS if size % g == 0]
-        raise ConfigError(
-          f"group {weight.group} does not divide the {size} inputs of {name}",
-          where=f"recipe {self.name}",
-          expected=f"group {' or '.join(valid)}" if valid else None,
-          hint=None if valid else "leave it in bf16 through an override",
+        self._check_group(
+          self.weight_format(layer, name, num_layers), size, name
         )
+    self._check_group(self.head, config.hidden_size, "lm_head")
     check(
       2 * self.keys.top_k <= config.head_dim,
       "top_k is more than half of the head",
       where=f"recipe {self.name}",
       expected=f"at most {config.head_dim // 2}",
       got=self.keys.top_k,
+    )
+
+  def _check_group(
+    self, weight: WeightFormat | None, size: int, name: str
+  ) -> None:
+    if weight is None or size % weight.group == 0:
+      return
+    valid = [str(g) for g in GROUPS if size % g == 0]
+    remedy = "" if name == "lm_head" else " through an override"
+    raise ConfigError(
+      f"group {weight.group} does not divide the {size} inputs of {name}",
+      where=f"recipe {self.name}",
+      expected=f"group {' or '.join(valid)}" if valid else None,
+      hint=None if valid else f"leave it in bf16{remedy}",
     )
 
 

@@ -77,9 +77,9 @@ def _spec(names: list[str], ndim: int, vocab_divides: bool) -> PartitionSpec:
   last = names[-1]
   if last in ("key_scale", "key_shift"):
     return PartitionSpec(AXIS, None)
-  if names[0] == "lm_head" and vocab_divides:
-    return PartitionSpec(None, AXIS)
   split = next((_SPLIT[n] for n in names if n in _SPLIT), None)
+  if names[0] == "lm_head" and vocab_divides:
+    split = "out"
   if split is None or ndim < 2:
     return PartitionSpec()
   quantised = last in ("codes", "scale")  # stored [out, in], kernels [in, out]

@@ -44,6 +44,7 @@ RECIPES = {name: recipes.load(name) for name in recipes.presets()} | {
     ),
     keys=recipes.KeyScaling(alpha=8.0, beta=8.0, top_k=4),
     rotation=recipes.Rotation(residual=True),
+    head=WeightFormat(group=64),
     overrides=(
       Override(layers=(-1,), projections=("down_proj", "q_proj")),
       Override(

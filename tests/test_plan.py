@@ -1,5 +1,7 @@
 """The plan's sizes against arithmetic by hand."""
 
+import dataclasses
+
 import pytest
 from test_sharding import CONFIG
 
@@ -30,6 +32,22 @@ def test_sizes():
     CONFIG, steps, bytes_in=1000, calibration_tokens=100
   )
   assert calibrated.peak_bytes == made.peak_bytes + 2 * 100 * d * 2
+
+
+def test_a_quantised_head_is_counted():
+  steps = recipe.from_dict({"name": "x", "head": {"group": 64}})
+  plain = plan.make_plan(CONFIG, recipe.load("none"), bytes_in=1000)
+  made = plan.make_plan(CONFIG, steps, bytes_in=1000)
+  elements = 256 * 128
+  int4 = elements / 2 + elements / 64 + 4
+  assert plain.bytes_out - made.bytes_out == 2 * elements - int4
+  tied = dataclasses.replace(CONFIG, tie_word_embeddings=True)
+  plain = plan.make_plan(tied, recipe.load("none"), bytes_in=1000)
+  made = plan.make_plan(tied, steps, bytes_in=1000)
+  assert made.bytes_out - plain.bytes_out == int4
+  wide = dataclasses.replace(tied, vocab_size=1 << 16)
+  made = plan.make_plan(wide, steps, bytes_in=1000)
+  assert made.peak_bytes - made.bytes_out > 4 * 4 * (1 << 16) * 128
 
 
 def test_memory_is_checked():

@@ -62,6 +62,7 @@ def test_a_recipe_with_every_field_set_survives_a_round_trip():
   recipe = Recipe(
     name="all",
     weight=WeightFormat(group=64, scale="bf16"),
+    head=WeightFormat(group=32),
     overrides=(
       Override(layers=(0, -1)),
       Override(projections=("down_proj",), weight=WeightFormat(group=32)),
@@ -79,6 +80,7 @@ def test_a_recipe_with_every_field_set_survives_a_round_trip():
   [
     ("name: a\nwieght: null", "unknown key 'wieght', did you mean 'weight'?"),
     ("name: a\nweight: {gruop: 64}", "weight: unknown key 'gruop'.*'group'"),
+    ("name: a\nhead: {gruop: 64}", "head: unknown key 'gruop'.*'group'"),
     ("name: a\nweight: {group: 100}", "unsupported weight group.*got 100"),
     ("name: a\nweight: {group: -1}", "unsupported weight group.*got -1"),
     ("name: a\nweight: {group: true}", "group: wrong type, expected int"),
@@ -148,6 +150,10 @@ def test_a_group_that_does_not_divide_names_projection_and_valid_sizes():
     recipe.check_model(config(intermediate_size=192))
   with pytest.raises(ConfigError, match="48 inputs of down_proj.*bf16"):
     recipe.check_model(config(intermediate_size=48))
+  head = Recipe(name="r", head=WeightFormat(group=128))
+  head.check_model(config())
+  with pytest.raises(ConfigError, match="192 inputs of lm_head, .* 32 or 64"):
+    head.check_model(config(hidden_size=192))
   left_out = dataclasses.replace(
     recipe, overrides=(Override(projections=("down_proj",)),)
   )

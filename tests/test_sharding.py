@@ -38,6 +38,7 @@ RECIPE = recipe.from_dict(
   {
     "name": "smooth",
     "weight": {"group": 32, "activation": "bf16"},
+    "head": {"group": 32, "activation": "bf16"},
     "keys": {"beta": 8.0, "top_k": 4},
     "overrides": [{"layers": [1], "projections": ["o_proj", "up_proj"]}],
   }
@@ -131,12 +132,26 @@ def test_each_device_holds_its_part(saved):
   assert local(q.codes) == (64, 64) and local(q.scale) == (64, 4)
   assert local(o.codes) == (128, 32) and local(o.scale) == (128, 2)
   assert local(attention["key_scale"]) == (1, 32)
-  assert local(params["lm_head"]["kernel"]) == (128, 64)
+  head = params["lm_head"]["kernel"]
+  assert local(head.codes) == (64, 64) and local(head.scale) == (64, 4)
   second = params["model"]["layers"][1]
   assert local(second["self_attn"]["o_proj"]["kernel"]) == (64, 128)
   assert local(second["mlp"]["up_proj"]["kernel"]) == (128, 64)
   embedding = params["model"]["embed_tokens"]["embedding"]
   assert local(embedding) == embedding.shape
+
+
+def test_a_vocabulary_that_does_not_divide_is_replicated():
+  config = dataclasses.replace(CONFIG, vocab_size=254)
+  for steps in (RECIPE, recipe.load("none")):
+    params = llama.abstract_params(config, steps)
+    placed = sharding.param_shardings(params, config, mesh_of(4))
+    for leaf in jax.tree.leaves(placed["lm_head"]):
+      assert leaf.spec == PartitionSpec()
+  placed = sharding.param_shardings(
+    llama.abstract_params(CONFIG, recipe.load("none")), CONFIG, mesh_of(4)
+  )
+  assert placed["lm_head"]["kernel"].spec == PartitionSpec(None, "tp")
 
 
 def test_cache_splits_on_kv_heads():

@@ -121,10 +121,13 @@ def abstract_params(config: LlamaConfig, recipe: Recipe) -> Params:
         layer["self_attn"]["key_scale"] = per_channel
       if recipe.keys.fit:
         layer["self_attn"]["key_shift"] = per_channel
-    if recipe.rotation.residual and config.tie_word_embeddings:
+    if "lm_head" not in params and (recipe.rotation.residual or recipe.head):
       params["lm_head"] = {
         "kernel": params["model"]["embed_tokens"]["embedding"].T
       }
+    if recipe.head is not None:
+      head = params["lm_head"]
+      head["kernel"] = quantized(head["kernel"], recipe.head)
     return params
 
   return jax.eval_shape(build)

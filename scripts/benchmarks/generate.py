@@ -20,7 +20,7 @@ from fireq_jax import recipe as recipes
 from fireq_jax.config import GenerateConfig, LlamaConfig, RopeConfig
 from fireq_jax.generate import generate
 from fireq_jax.models.llama import Params, abstract_params
-from fireq_jax.prepare import prepare_layer
+from fireq_jax.prepare import prepare_head, prepare_layer
 from fireq_jax.qtensor import QTensor, pack_int4
 from fireq_jax.recipe import Recipe
 
@@ -189,7 +189,7 @@ def random_params(config: LlamaConfig, recipe: Recipe) -> Params:
   tree = abstract_params(config, recipe)
   keys = iter(jax.random.split(jax.random.key(0), config.num_hidden_layers + 1))
   layers = tree["model"].pop("layers")
-  params = _filled(tree, next(keys))
+  params = prepare_head(_filled(tree, next(keys)))
   params["model"]["layers"] = [
     prepare_layer(_filled(layer, key)) for layer, key in zip(layers, keys)
   ]
