@@ -1,7 +1,7 @@
 """Settings and fixtures every test shares."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   reason = f"needs a Hopper GPU, jax has {device.device_kind}"
   for item in marked:
     item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Iterator[None]:
+  """Frees compiled programs: thousands exhaust a process's memory maps."""
+  yield
+  jax.clear_caches()
 
 
 @pytest.fixture
