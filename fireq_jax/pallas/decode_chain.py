@@ -219,12 +219,10 @@ def _call(x, a, stages, counters, *, eps):
       plgpu.wgmma_wait(0)
       return [acc[...] for acc in accs]
 
-    def fetch(stage, tile):
+    def fetch(stage, row):
       halves = range(stage.halves)
       scales = [stage.row_scale.at[pl.ds(i * stage.n, stage.n)] for i in halves]
-      return pieces.fetch(
-        scales, stage.residual, first_row(tile), tokens=tokens
-      )
+      return pieces.fetch(scales, stage.residual, row, tokens=tokens)
 
     def finish(stage, tile, buffer, fetched):
       @pl.when(wg == buffer)
@@ -248,7 +246,7 @@ def _call(x, a, stages, counters, *, eps):
 
       def tile(i, before):
         buffer = lax.rem(tiles_done + i, finishers)
-        fetched = fetch(stage, i)
+        fetched = fetch(stage, first_row(i))
 
         @pl.when(tiles_done + i >= finishers)
         def _():
@@ -273,7 +271,8 @@ def _call(x, a, stages, counters, *, eps):
         return fetched
 
       count = tiles(stage)
-      fetched = lax.fori_loop(0, count, tile, fetch(stage, 0))
+      nothing = pieces.nothing_fetched(stage.halves, stage.residual)
+      fetched = lax.fori_loop(0, count, tile, nothing)
 
       @pl.when(count > 0)
       def _():
