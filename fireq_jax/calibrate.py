@@ -67,26 +67,30 @@ def read_tokens(
 
 
 def cut_windows(
-  tokens: np.ndarray, *, count: int, length: int, seed: int = 0
+  *texts: np.ndarray, count: int, length: int, seed: int = 0
 ) -> np.ndarray:
-  """Returns i32 [count, length]: windows of `tokens` that do not overlap.
+  """Returns i32 [count, length]: windows of the texts that do not overlap.
 
-  The windows are drawn without replacement; the same seed draws the same. If
-  there are fewer than `count`, all are returned.
+  The windows are drawn without replacement from all texts alike; the same
+  seed draws the same. If there are fewer than `count`, all are returned.
 
   Raises:
-    DataError: `tokens` is shorter than one window.
+    DataError: a text is shorter than one window.
   """
-  available = len(tokens) // length
-  if not available:
-    raise DataError(
-      "too little calibration data",
-      expected=f"at least {length} tokens, one window",
-      got=len(tokens),
-      hint="give more text or shorter windows",
-    )
-  chosen = np.random.default_rng(seed).permutation(available)[:count]
-  return tokens[: available * length].reshape(-1, length)[np.sort(chosen)]
+  windows = []
+  for tokens in texts:
+    available = len(tokens) // length
+    if not available:
+      raise DataError(
+        "too little calibration data",
+        expected=f"at least {length} tokens, one window",
+        got=len(tokens),
+        hint="give more text or shorter windows",
+      )
+    windows.append(tokens[: available * length].reshape(-1, length))
+  windows = np.concatenate(windows)
+  chosen = np.random.default_rng(seed).permutation(len(windows))[:count]
+  return windows[np.sort(chosen)]
 
 
 @flax.struct.dataclass

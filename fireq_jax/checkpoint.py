@@ -324,9 +324,7 @@ def _describe(name: str, x: Any) -> Leaf:
   return Leaf(
     dtype=dtype,
     shape=tuple(x.shape),
-    logical_dtype=(
-      "int4" if name.endswith("/codes") and dtype == "uint8" else dtype
-    ),
+    logical_dtype="int4" if name.endswith("/codes") else dtype,
     sha256="",
   )
 

@@ -21,6 +21,9 @@ from fireq_jax.smooth import Factors
 
 Params = dict[str, Any]
 
+# Calibration windows that run through a layer at once.
+_WINDOWS = 8
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
@@ -325,7 +328,8 @@ def _run_and_look(layer, x, *, config, moment):
   layer = llama.cast_floats(layer, x.dtype)
   y, captured = solve.run_layer(layer, x, config=config, kv=None)
   stats = calibrate.window_stats(captured, moment=moment)
-  return y, stats, captured["k_pre_rope"][0]
+  keys_seen = captured["k_pre_rope"]
+  return y, stats, keys_seen.reshape(-1, *keys_seen.shape[2:])
 
 
 def _formats(
@@ -346,14 +350,17 @@ def _with_dtypes(layer: Params, kernels: jax.typing.DTypeLike) -> Params:
 
 
 def _embed(table: jax.Array, tokens: np.ndarray) -> list[jax.Array]:
-  """i32 [windows, T] -> as many bf16 [1, T, D]."""
+  """i32 [windows, T] -> bf16 [B, T, D], B windows each, the last maybe less."""
   if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
     raise ConfigError(
       "not calibration windows",
       expected="integers [windows, length]",
       got=f"{tokens.dtype}{list(tokens.shape)}",
     )
-  return [table[jnp.asarray(window)][None] for window in tokens]
+  return [
+    table[jnp.asarray(tokens[i : i + _WINDOWS])]
+    for i in range(0, len(tokens), _WINDOWS)
+  ]
 
 
 def _checked(tree: Params, where: str) -> Params:

@@ -43,7 +43,7 @@ def quantize_in_order(
   Args:
     layer: float, smoothed; f32 or bf16 kernels.
     formats: of every projection.
-    windows: the layer's inputs in the quantised model, bf16 [1, T, D] each.
+    windows: the layer's inputs in the quantised model, bf16 [B, T, D] each.
     solver: how to choose scales and codes.
     config: the model.
     kv: format of keys and values.
@@ -74,7 +74,8 @@ def quantize_in_order(
 def _add_moment(moment, layer, x, *, site, config, kv):
   """Adds the sum of c c^T over the inputs c of a site, f32 [C, C]."""
   _, captured = run_layer(layer, x, config=config, kv=kv)
-  found = outer_sum(captured[f"{site}_in"][0])
+  inputs = captured[f"{site}_in"]
+  found = outer_sum(inputs.reshape(-1, inputs.shape[-1]))
   return found if moment is None else moment + found
 
 
@@ -86,7 +87,7 @@ def _quantize(kernel, moment, weight_format, solver):
 def run_layer(
   layer: Params, x: jax.Array, *, config: LlamaConfig, kv: KVFormat | None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Runs one layer on a window [1, T, D]; what it captures is free if unused."""
+  """Runs one layer on [B, T, D]; what it captures is free if unused."""
   batch, length, _ = x.shape
   span = llama_layers.make_span(
     config,

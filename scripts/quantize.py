@@ -39,11 +39,11 @@ def define_flags(values: flags.FlagValues) -> None:
     f"One of {', '.join(recipe.presets())}, or a YAML file.",
     **define,
   )
-  flags.DEFINE_string(
+  flags.DEFINE_multi_string(
     "calib",
     None,
-    "Calibration data: text, .jsonl, or .npy of token ids; default: a short"
-    " text in the package.",
+    "Calibration data: text, .jsonl, or .npy of token ids; repeatable;"
+    " default: a short text in the package.",
     **define,
   )
   flags.DEFINE_integer(
@@ -89,11 +89,12 @@ def run(values: flags.FlagValues) -> None:
   print(f"output        {target}", flush=True)
   if values.dry_run:
     return
-  errors = []
+  errors, seconds = [], []
   with tqdm(total=plan.layers, unit="layer", disable=None) as bar:
 
     def on_layer(report: pipeline.LayerReport) -> None:
       errors.append(report.weight_error)
+      seconds.append(report.seconds)
       bar.update()
 
     params = pipeline.quantize_model(
@@ -124,6 +125,9 @@ def run(values: flags.FlagValues) -> None:
   print(f"wrote         {target}")
   print(f"size          {size(manifest.total_bytes)}, {ratio:.2f} x smaller")
   print(f"weight error  {np.mean(errors):.2%} root mean square, layers' mean")
+  print(
+    f"layers        {seconds[0]:.1f} s, then {np.median(seconds):.1f} s each"
+  )
   print(f"elapsed       {time.perf_counter() - start:.1f} s")
 
 
@@ -137,7 +141,8 @@ def read_calibration(
       expected=f"at most {config.max_position_embeddings}",
       got=values.seq_len,
     )
-  path = Path(values.calib or resolve(DEMO) / "calibration.txt")
+  calib = values.calib or [resolve(DEMO) / "calibration.txt"]
+  paths = [Path(path) for path in calib]
   if not values.calib and values.ckpt != DEMO:
     print(
       "warning: calibrating on a short text in English; --calib names a better"
@@ -145,16 +150,17 @@ def read_calibration(
       file=sys.stderr,
     )
   encode = None
-  if path.suffix != ".npy":
+  if any(path.suffix != ".npy" for path in paths):
     encode = Tokenizer(folder, config.vocab_size).encode
-  tokens = calibrate.read_tokens(
-    path, vocab_size=config.vocab_size, encode=encode
-  )
+  texts = [
+    calibrate.read_tokens(path, vocab_size=config.vocab_size, encode=encode)
+    for path in paths
+  ]
   windows = calibrate.cut_windows(
-    tokens, count=values.num_calib, length=values.seq_len, seed=values.seed
+    *texts, count=values.num_calib, length=values.seq_len, seed=values.seed
   )
   return windows, {
-    "file": path.name,
+    "file": " ".join(path.name for path in paths),
     "windows": len(windows),
     "seq_len": values.seq_len,
     "seed": values.seed,

@@ -108,6 +108,9 @@ def test_fewer_windows_than_asked_for_are_all_returned():
   tokens = np.arange(70, dtype=np.int32)
   windows = cut_windows(tokens, count=10, length=32)
   np.testing.assert_array_equal(windows, tokens[:64].reshape(2, 32))
+  both = cut_windows(tokens, tokens[30:], count=10, length=32)
+  np.testing.assert_array_equal(both[:2], windows)
+  np.testing.assert_array_equal(both[2:], tokens[None, 30:62])
   with pytest.raises(DataError, match="at least 71 tokens.*got 70"):
     cut_windows(tokens, count=1, length=71)
 

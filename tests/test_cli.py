@@ -17,6 +17,7 @@ import inspect_ckpt
 import numpy as np
 import pytest
 import quantize
+import write_calibration
 
 from fireq_jax import checkpoint, pipeline, plan
 from fireq_jax.errors import CheckpointError
@@ -66,10 +67,10 @@ def test_every_script_on_one_model(source, calib, tmp_path, capsys):
   printed = capsys.readouterr()
   assert printed.err == ""
   summary = dict(
-    line.split(maxsplit=1) for line in printed.out.splitlines()[-4:]
+    line.split(maxsplit=1) for line in printed.out.splitlines()[-5:]
   )
   assert summary["wrote"] == str(out)
-  assert list(summary) == ["wrote", "size", "weight", "elapsed"]
+  assert list(summary) == ["wrote", "size", "weight", "layers", "elapsed"]
 
   manifest = checkpoint.inspect(out, verify=True)
   assert manifest.recipe.name == "fireq"
@@ -118,6 +119,22 @@ def test_every_script_on_one_model(source, calib, tmp_path, capsys):
   inspect = ["inspect_ckpt.py", f"--ckpt={out}"]
   assert inspect_ckpt.main([*inspect, "--verify"]) == 2
   assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_model_writes_its_own_calibration(source, calib, tmp_path, capsys):
+  written, out = tmp_path / "written.npy", tmp_path / "out"
+  command = ["x.py", f"--ckpt={source}", f"--out={written}"]
+  flags = ["--num_windows=3", "--seq_len=32", "--batch=2"]
+  assert write_calibration.main([*command, *flags]) == 0
+  assert np.load(written).shape == (3, 32)
+  assert write_calibration.main([*command, *flags]) == 2
+  assert "new .npy" in capsys.readouterr().err
+  more = [f"--calib={written}", "--num_calib=99"]
+  assert quantize.main(arguments(source, out, calib, *more)) == 0
+  manifest = checkpoint.inspect(out)
+  # Both files: 200 // 32 windows, and those written.
+  assert manifest.calibration["windows"] == 6 + 3
+  assert manifest.calibration["file"] == "tokens.npy written.npy"
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(
@@ -205,7 +222,9 @@ def test_missing_flag(capsys):
   assert "ckpt" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", [quantize, generate, eval_ppl, inspect_ckpt])
+@pytest.mark.parametrize(
+  "script", [quantize, generate, eval_ppl, inspect_ckpt, write_calibration]
+)
 def test_help(script, capsys):
   assert script.main(["x.py", "--help"]) == 0
   printed = capsys.readouterr().out

@@ -19,6 +19,7 @@ from fireq_jax.checkpoint import Checkpoint
 from fireq_jax.config import KVFormat
 from fireq_jax.evaluate import cut_text, evaluate
 from fireq_jax.loading import load_model
+from fireq_jax.selftext import write_windows
 from fireq_jax.tokenizer import Tokenizer
 
 
@@ -28,8 +29,11 @@ def define_flags(values: flags.FlagValues) -> None:
     "ckpt", None, "Hugging Face folders.", required=True, **define
   )
   flags.DEFINE_multi_string("text", None, "Texts.", required=True, **define)
-  flags.DEFINE_string(
+  flags.DEFINE_multi_string(
     "calib", None, "Calibration data.", required=True, **define
+  )
+  flags.DEFINE_integer(
+    "num_written", 0, "Windows each model writes, to calibrate on.", **define
   )
   flags.DEFINE_multi_string(
     "recipe", recipe.presets(), "Recipes; default: all presets.", **define
@@ -46,15 +50,20 @@ def run(values: flags.FlagValues) -> Iterable[dict]:
   for ckpt in values.ckpt:
     model = load_model(ckpt)
     tokenizer = Tokenizer(model.path, model.config.vocab_size)
-    calibration = calibrate.cut_windows(
+    given = [
       calibrate.read_tokens(
-        values.calib,
-        vocab_size=model.config.vocab_size,
-        encode=tokenizer.encode,
-      ),
-      count=values.num_calib,
-      length=values.seq_len,
+        path, vocab_size=model.config.vocab_size, encode=tokenizer.encode
+      )
+      for path in values.calib
+    ]
+    calibration = calibrate.cut_windows(
+      *given, count=values.num_calib, length=values.seq_len
     )
+    if values.num_written:
+      written = write_windows(
+        model, count=values.num_written, length=values.seq_len
+      )
+      calibration = np.concatenate([calibration, written])
     texts = {
       Path(text).name: cut_text(
         tokenizer.encode(Path(text).read_text()),

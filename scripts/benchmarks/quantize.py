@@ -63,6 +63,12 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_enum(
     "model", "llama-3-8b", list(MODELS), "Which shape.", flag_values=values
   )
+  flags.DEFINE_integer(
+    "layers",
+    None,
+    "This many; default: those of the model.",
+    flag_values=values,
+  )
   flags.DEFINE_string(
     "recipe", "fireq", "Recipe name or file.", flag_values=values
   )
@@ -81,7 +87,9 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> Iterable[dict]:
-  config = MODELS[values.model]
+  config = dict(MODELS[values.model])
+  if values.layers:
+    config["num_hidden_layers"] = values.layers
   with tempfile.TemporaryDirectory(dir=values.dir) as work:
     source, out = Path(work, "source"), Path(work, "out")
     write_random_model(source, config)
@@ -105,11 +113,13 @@ def run(values: flags.FlagValues) -> Iterable[dict]:
       text=True,
     )
     seconds = time.perf_counter() - start
+    print(done.stdout, file=sys.stderr)
     if done.returncode:
       raise ResourceError("scripts/quantize.py failed", got=done.stdout[-500:])
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     yield {
       "model": values.model,
+      "layers": config["num_hidden_layers"],
       "recipe": values.recipe,
       "seconds": round(seconds, 1),
       "peak_rss_bytes": peak,
