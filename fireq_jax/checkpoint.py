@@ -324,7 +324,9 @@ def _describe(name: str, x: Any) -> Leaf:
   return Leaf(
     dtype=dtype,
     shape=tuple(x.shape),
-    logical_dtype="int4" if name.endswith("/codes") else dtype,
+    logical_dtype=(
+      "int4" if name.endswith("/codes") and dtype == "uint8" else dtype
+    ),
     sha256="",
   )
 

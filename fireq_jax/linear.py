@@ -63,9 +63,14 @@ def linear(
   Raises:
     NotImplementedError: the kernel asked for by name cannot run this.
   """
+  out_dtype = out_dtype or x.dtype
+  if isinstance(w, QTensor) and w.is_e4m3 and w.activation == "e4m3":
+    y = _e4m3(x, w, norm, implementation)
+    if residual is not None:
+      y = y + residual.astype(jnp.float32)
+    return y.astype(out_dtype)
   if implementation == "mosaic_gpu" and isinstance(w, QTensor):
     raise NotImplementedError("the kernel needs weights of prepare()")
-  out_dtype = out_dtype or x.dtype
   if isinstance(w, PackedInt4):
     return _packed(x, w, norm, residual, out_dtype, implementation)
   scale = None
@@ -91,6 +96,28 @@ def linear(
   if residual is not None:
     y = y + residual.astype(jnp.float32)
   return y.astype(out_dtype)
+
+
+def _e4m3(x, w, norm, implementation):
+  """The product of e4m3 with e4m3, by cuBLAS unless plain JAX is asked for."""
+  rows = x.reshape(-1, x.shape[-1])
+  args, eps = (
+    ((rows,), 0.0) if norm is None else ((rows, norm.weight), norm.eps)
+  )
+  runs = _runs(act_quant, implementation, *args)
+  quantize = act_quant.act_quant if runs else reference.act_quant
+  codes, scale = quantize(*args, eps=eps)
+  if runs:
+    y = jax.lax.dot_general(
+      codes,
+      w.codes,
+      (((1,), (1,)), ((), ())),
+      preferred_element_type=jnp.float32,
+    )
+  else:
+    y = _matmul(codes.astype(jnp.bfloat16), w.codes.astype(jnp.bfloat16).T)
+  y = y * scale[:, None] * w.scale[:, 0]
+  return y.reshape(*x.shape[:-1], -1)
 
 
 def in_features(w: Weight) -> int:

@@ -3,7 +3,7 @@
 Projections of one input become one, `self_attn/qkv_proj` and
 `mlp/gate_up_proj`, and INT4 weights, a quantised `lm_head` among them, go to
 the order the kernels read.
-Float projections stay as they are. Execution parameters are never stored.
+Float projections and an e4m3 `lm_head` stay as they are. Execution parameters are never stored.
 """
 
 from typing import Any
@@ -88,7 +88,7 @@ def _pack(
 
 def _fit_together(weights: list[Any]) -> bool:
   """Whether one matmul can hold the projections."""
-  if not all(isinstance(w, QTensor) for w in weights):
+  if not all(isinstance(w, QTensor) and not w.is_e4m3 for w in weights):
     return False
   formats = {
     (w.shape[1], w.group, w.scale.dtype, w.activation) for w in weights

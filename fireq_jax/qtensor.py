@@ -13,7 +13,8 @@ Activation = Literal["e4m3", "bf16"]
 
 @flax.struct.dataclass
 class QTensor:
-  """An INT4 weight [N, C] (out, in) in logical order, in groups along C.
+  """A weight [N, C] (out, in) in logical order: INT4 in groups along C, or
+  e4m3 with a scale for each output.
 
   Law: value = e4m3(scale * code) / tensor_scale   if `scale` is e4m3,
        value = scale * code / tensor_scale         if `scale` is bf16 or f32,
@@ -21,7 +22,8 @@ class QTensor:
   before it, and the group size is C / scale.shape[-1].
 
   Attributes:
-    codes: uint8 [N, C / 2], two's complement nibbles, even input index low.
+    codes: uint8 [N, C / 2], two's complement nibbles, even input index low;
+      or e4m3 [N, C], whose `scale` is f32 [N, 1] and `tensor_scale` 1.
     scale: e4m3, bf16 or f32 [N, C / group], never 0: an all-zero group has
       scale 1 and codes 0.
     tensor_scale: f32 scalar, a power of two.
@@ -36,8 +38,12 @@ class QTensor:
 
   @property
   def shape(self) -> tuple[int, int]:
-    n, half = self.codes.shape[-2:]
-    return n, 2 * half
+    n, width = self.codes.shape[-2:]
+    return n, width if self.is_e4m3 else 2 * width
+
+  @property
+  def is_e4m3(self) -> bool:
+    return self.codes.dtype == jnp.float8_e4m3fn
 
   @property
   def group(self) -> int:
@@ -45,7 +51,8 @@ class QTensor:
 
   def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
     """Returns the value [N, C]."""
-    codes = unpack_int4(self.codes).reshape(*self.scale.shape, self.group)
+    codes = self.codes if self.is_e4m3 else unpack_int4(self.codes)
+    codes = codes.reshape(*self.scale.shape, self.group)
     products = code_values(codes, self.scale[..., None])
     value = products.reshape(*products.shape[:-2], -1) / self.tensor_scale
     return value.astype(dtype)

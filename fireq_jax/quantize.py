@@ -7,7 +7,7 @@ import numpy as np
 from fireq_jax.codebook import nearest_codes, search_scales
 from fireq_jax.errors import ConfigError, QuantizationError
 from fireq_jax.gptq import gptq
-from fireq_jax.qtensor import QTensor, pack_int4, to_e4m3
+from fireq_jax.qtensor import QTensor, pack_int4, quantize_e4m3, to_e4m3
 from fireq_jax.recipe import Solver, WeightFormat
 
 _NEAREST = Solver()
@@ -31,7 +31,8 @@ def quantize_weight(
   The default solver is the published arithmetic: per group, the scale is
   max|w| / 7 in its stored dtype, and codes are weights over that scale,
   rounded to nearest even; bf16 kernels round every step to bf16, others
-  compute in f32.
+  compute in f32. To e4m3 a row of weights is rounded as a row of activations
+  is (`quantize_e4m3`), by every solver.
 
   Args:
     kernel: bf16, f16 or f32 [C, N], finite.
@@ -49,6 +50,14 @@ def quantize_weight(
   if kernel.ndim != 2 or not jnp.issubdtype(kernel.dtype, jnp.floating):
     raise QuantizationError(
       "not a float matrix", got=f"{kernel.dtype}{list(kernel.shape)}"
+    )
+  if weight_format.codes == "e4m3":
+    codes, scale = quantize_e4m3(kernel.T)
+    return QTensor(
+      codes=codes,
+      scale=scale[:, None],
+      tensor_scale=jnp.float32(1.0),
+      activation=weight_format.activation,
     )
   channels, group = kernel.shape[0], weight_format.group
   if channels % group:

@@ -62,13 +62,15 @@ class WeightFormat:
     group: input channels that share a scale.
     scale: `e4m3` rounds every product of scale and code to e4m3 (the paper's
       sigma_FP8), `bf16` rounds none (sigma_BF16).
-    codes: `full` uses [-8, 7], `symmetric` [-7, 7].
+    codes: `full` uses [-8, 7], `symmetric` [-7, 7]; `e4m3` stores numbers of
+      that type, each output with one f32 scale, whatever `group` and `scale`
+      are (lm_head only).
     activation: `e4m3` rounds activations, per token; `bf16` leaves them.
   """
 
   group: int = 128
   scale: Literal["e4m3", "bf16"] = "e4m3"
-  codes: Literal["full", "symmetric"] = "symmetric"
+  codes: Literal["full", "symmetric", "e4m3"] = "symmetric"
   activation: Literal["e4m3", "bf16"] = "e4m3"
 
   def __post_init__(self):
@@ -267,6 +269,13 @@ class Recipe:
   tuning: Tuning = Tuning()
   overrides: tuple[Override, ...] = ()
 
+  def __post_init__(self):
+    for weight in (self.weight, *(item.weight for item in self.overrides)):
+      check(
+        weight is None or weight.codes != "e4m3",
+        "only lm_head can be stored in e4m3",
+      )
+
   @property
   def reads_inputs(self) -> bool:
     """Whether it looks at what layers get in the quantised model."""
@@ -331,7 +340,7 @@ class Recipe:
   def _check_group(
     self, weight: WeightFormat | None, size: int, name: str
   ) -> None:
-    if weight is None or size % weight.group == 0:
+    if weight is None or weight.codes == "e4m3" or size % weight.group == 0:
       return
     valid = [str(g) for g in GROUPS if size % g == 0]
     remedy = "" if name == "lm_head" else " through an override"

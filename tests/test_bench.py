@@ -1,5 +1,7 @@
 """The benchmarks' shared parts, and those that run anywhere."""
 
+import dataclasses
+import importlib
 import json
 import time
 from pathlib import Path
@@ -111,6 +113,109 @@ def test_layer_and_ffn_measure_what_they_say(monkeypatch):
   floor = (codes + cache) / generate.COPY_BYTES_PER_SECOND * 1e6
   assert floor < row["byte_floor_us"] < 1.1 * floor
   assert row["launches"] > 0
+
+
+def test_generate_times_calls_and_counts_bytes(monkeypatch):
+  from benchmarks import generate
+
+  run = generate._Run("tiny", "fireq", 2, 24, 4, None)
+  assert run.call(2) > 0
+  seconds = {generate.FEW: 1.0, generate.MANY: 1.0 + generate.MANY}
+  monkeypatch.setattr(run, "call", seconds.get)
+  assert run.step_seconds() == generate.MANY / (generate.MANY - generate.FEW)
+  layers = 2 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512) // 2
+  floats = 2 * 512 * 256 * 2
+  needed = run.bytes()
+  assert layers + floats < needed["weight_bytes"] < 1.05 * (layers + floats)
+  assert needed["cache_bytes"] == 2 * 32 * 2 * 2 * (128 // 2 + 1)
+
+
+def test_first_call_is_cached(tmp_path):
+  from benchmarks import generate
+
+  args = "tiny", "none", 1, 16, str(tmp_path)
+  assert generate.first_call_seconds(*args) > 0
+  assert any(tmp_path.iterdir())
+
+
+def test_agreement_of_plain_jax_with_itself():
+  from benchmarks import agreement
+
+  from fireq_jax import pipeline, recipe
+  from fireq_jax.loading import load_model
+  from fireq_jax.prepare import prepare
+
+  model = load_model("demo")
+  steps = recipe.load("w4a16")
+  params = pipeline.quantize_model(
+    pipeline.Source.from_params(model.params), model.config, steps
+  )
+  model = dataclasses.replace(
+    model, params=prepare(jax.device_put(params)), recipe=steps
+  )
+  windows = np.random.default_rng(0).integers(0, 4096, (2, 32), np.int32)
+  prefill, decode = agreement.compare(model, windows)
+  assert (prefill["tokens"], decode["tokens"]) == (62, 30)
+  for row in (prefill, decode):
+    assert row["top1"] == 1 and row["ppl_change"] == 0
+    assert 0 < row["kl"] == row["reference_kl"] < 0.1
+    assert row["control_top1"] > 0.8
+
+
+@pytest.mark.parametrize(
+  ("name", "rows"),
+  [
+    (
+      "generate",
+      [
+        {
+          "model": "tiny",
+          "recipe": "none",
+          "batch": 2,
+          "context": 64,
+          "tokens_per_s": 100.0,
+          "byte_floor_ms": 3.0,
+        },
+        {
+          "model": "tiny",
+          "recipe": "none",
+          "batch": 2,
+          "prompt": 64,
+          "prefill_tokens_per_s": 1000.0,
+        },
+        {"first_call_s": 3.0},
+      ],
+    ),
+    (
+      "layer",
+      [
+        {
+          "batch": 1,
+          "tokens": 1,
+          "context": 64,
+          "us": 3.0,
+          "byte_floor_us": 1.0,
+        }
+      ],
+    ),
+    (
+      "ffn",
+      [
+        {
+          "model": "tiny",
+          "tokens": 16,
+          "us": 3.0,
+          "baselines": {"xla_bf16": 9.0},
+        }
+      ],
+    ),
+  ],
+)
+def test_plots(name, rows, tmp_path):
+  module = importlib.import_module(f"benchmarks.{name}")
+  draw = lambda rows, figure: module.plot(rows, figure.subplots())
+  common.save_plot(draw, rows, tmp_path / "plot.png", name)
+  assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_launches_are_counted():

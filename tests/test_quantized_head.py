@@ -1,4 +1,4 @@
-"""An lm_head in INT4, from the recipe to the tokens."""
+"""An lm_head in INT4 or e4m3, from the recipe to the tokens."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ import pytest
 from fireq_jax import checkpoint
 from fireq_jax import recipe as recipes
 from fireq_jax.config import GenerateConfig, LlamaConfig, RopeConfig
-from fireq_jax.errors import QuantizationError
+from fireq_jax.errors import ConfigError, QuantizationError
 from fireq_jax.generate import generate
 from fireq_jax.loading import load_model
 from fireq_jax.models import llama
@@ -19,7 +19,7 @@ from fireq_jax.pallas.layouts import PackedInt4
 from fireq_jax.pipeline import Source, quantize_model
 from fireq_jax.prepare import prepare
 from fireq_jax.qtensor import QTensor
-from fireq_jax.recipe import Recipe, Solver, WeightFormat
+from fireq_jax.recipe import Override, Recipe, Solver, WeightFormat
 
 CONFIG = LlamaConfig(
   vocab_size=192,
@@ -36,6 +36,7 @@ CONFIG = LlamaConfig(
 )
 TOKENS = np.random.default_rng(0).integers(0, 192, (2, 7), np.int32)
 BF16_INPUTS = WeightFormat(group=64, scale="bf16", activation="bf16")
+E4M3 = WeightFormat(codes="e4m3")
 
 
 def quantise(head, config=CONFIG, **options):
@@ -52,6 +53,8 @@ def quantise(head, config=CONFIG, **options):
 def values(w: QTensor) -> np.ndarray:
   """What codes and scales stand for, f64 [V, D], in NumPy."""
   packed = np.asarray(w.codes)
+  if w.is_e4m3:
+    return packed.astype(np.float64) * np.asarray(w.scale)
   codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(w.shape)
   codes = np.where(codes > 7, codes.astype(int) - 16, codes)
   scale = np.asarray(w.scale).astype(np.float32)
@@ -71,7 +74,14 @@ def head_inputs(params, config, tokens=TOKENS) -> np.ndarray:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
-  "head", [WeightFormat(), WeightFormat(group=32, codes="full"), BF16_INPUTS]
+  "head",
+  [
+    WeightFormat(),
+    WeightFormat(group=32, codes="full"),
+    BF16_INPUTS,
+    E4M3,
+    dataclasses.replace(E4M3, activation="bf16"),
+  ],
 )
 def test_logits_are_products_with_the_codes(head, tied):
   config = dataclasses.replace(CONFIG, tie_word_embeddings=tied)
@@ -85,11 +95,13 @@ def test_logits_are_products_with_the_codes(head, tied):
   if not tied:
     exact = params["lm_head"]["kernel"].T
   miss = values(weight) - np.asarray(exact, np.float64)
-  assert 0.05 < np.linalg.norm(miss) / np.linalg.norm(exact) < 0.2
+  least, most = (0.01, 0.04) if weight.is_e4m3 else (0.05, 0.2)
+  assert least < np.linalg.norm(miss) / np.linalg.norm(exact) < most
 
   want = head_inputs(quantised, config) @ values(weight).T
   ready = prepare(jax.device_put(quantised))
-  assert isinstance(ready["lm_head"]["kernel"], PackedInt4)
+  packed = ready["lm_head"]["kernel"]
+  assert isinstance(packed, QTensor if weight.is_e4m3 else PackedInt4)
   for tree in (jax.device_put(quantised), ready):
     logits, _ = llama.forward(tree, TOKENS, config=config)
     assert logits.dtype == jnp.float32
@@ -124,17 +136,28 @@ def test_donated_codes_are_deleted_and_the_rest_is_kept():
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(ready))
 
 
-def test_the_demo_model_from_quantising_to_tokens(tmp_path):
+def test_only_the_head_can_be_e4m3():
+  for options in (
+    {"weight": E4M3},
+    {"overrides": (Override(projections=("o_proj",), weight=E4M3),)},
+  ):
+    with pytest.raises(ConfigError, match="only lm_head"):
+      Recipe(name="bad", **options)
+  named = recipes.from_dict({"name": "x", "head": {"codes": "e4m3"}})
+  assert named.head == E4M3
+
+
+@pytest.mark.parametrize("head", [WeightFormat(), E4M3])
+def test_the_demo_model_from_quantising_to_tokens(tmp_path, head):
   model = load_model("demo")
   config = model.config
-  recipe = dataclasses.replace(
-    recipes.load("w4a16"), name="test", head=WeightFormat()
-  )
+  recipe = dataclasses.replace(recipes.load("w4a16"), name="test", head=head)
   quantised = quantize_model(Source.from_params(model.params), config, recipe)
   path = tmp_path / "ckpt"
   checkpoint.save(path, quantised, config=config, recipe=recipe)
   manifest = checkpoint.inspect(path, verify=True)
-  assert manifest.leaves["lm_head/kernel/codes"].logical_dtype == "int4"
+  stored = manifest.leaves["lm_head/kernel/codes"].logical_dtype
+  assert stored == ("float8_e4m3fn" if head == E4M3 else "int4")
   loaded = checkpoint.load(path)
   assert loaded.recipe == recipe
   jax.tree.map(np.testing.assert_array_equal, loaded.params, quantised)

@@ -97,6 +97,13 @@ def abstract_params(config: LlamaConfig, recipe: Recipe) -> Params:
 
   def quantized(kernel, weight):
     channels, outputs = kernel.shape
+    if weight.codes == "e4m3":
+      return QTensor(
+        codes=jnp.zeros((outputs, channels), jnp.float8_e4m3fn),
+        scale=jnp.zeros((outputs, 1), jnp.float32),
+        tensor_scale=jnp.zeros((), jnp.float32),
+        activation=weight.activation,
+      )
     scale = jnp.float8_e4m3fn if weight.scale == "e4m3" else jnp.bfloat16
     return QTensor(
       codes=jnp.zeros((outputs, channels // 2), jnp.uint8),

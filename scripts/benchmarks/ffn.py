@@ -5,7 +5,7 @@ tokens, and those of decode. Codes and activations are random and weights
 rotate through more than 200 MB. The baseline is the same block in bf16 by XLA.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -85,3 +85,18 @@ def _time(config: LlamaConfig, tokens: int, *, quantised: bool) -> float:
   make = int4 if quantised else bf16
   sets = [(x, *make(seed)) for seed in range(copies(size))]
   return common.device_us(block, sets)
+
+
+def plot(rows: Sequence[dict], axes) -> None:
+  """How much faster than bf16, by tokens."""
+  for model in dict.fromkeys(row["model"] for row in rows):
+    mine = [row for row in rows if row["model"] == model]
+    axes.plot(
+      [row["tokens"] for row in mine],
+      [row["baselines"]["xla_bf16"] / row["us"] for row in mine],
+      marker="o",
+      label=model,
+    )
+  axes.axhline(1, color="gray")
+  axes.set(xscale="log", xlabel="tokens", ylabel="times faster than XLA bf16")
+  axes.legend()

@@ -7,7 +7,7 @@ carries the cache, as in generate(). Codes are random, made on the device.
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -92,20 +92,22 @@ def _model(model, recipe, layers, batch, tokens, context):
     jax.random.key(1), (batch, tokens), 0, config.vocab_size, jnp.int32
   )
 
-  def step(_, carry):
-    cache, _ = carry
+  def step(params, cache):
     logits, cache = forward(params, ids, cache, config=config, last_only=True)
     return cache, logits
 
-  logits = jnp.zeros((batch, config.vocab_size), jnp.float32)
-  loop = jax.jit(
-    lambda cache: jax.lax.fori_loop(0, steps, step, (cache, logits))
-  )
+  @jax.jit
+  def loop(params, cache):
+    logits = jnp.zeros((batch, config.vocab_size), jnp.float32)
+    return jax.lax.fori_loop(
+      0, steps, lambda _, carry: step(params, carry[0]), (cache, logits)
+    )
+
   read = sum(x.nbytes for x in jax.tree.leaves(params["model"]["layers"]))
   read += batch * context * kv_cache.bytes_per_token(config, kv)
   return {
-    "us": common.device_us(loop, [(cache,)]) / steps,
-    "launches": launches(str(loop.lower(cache).compile().as_text())),
+    "us": common.device_us(loop, [(params, cache)]) / steps,
+    "launches": launches(str(loop.lower(params, cache).compile().as_text())),
     "floor_us": read / generate.COPY_BYTES_PER_SECOND * 1e6,
   }
 
@@ -113,3 +115,18 @@ def _model(model, recipe, layers, batch, tokens, context):
 def launches(hlo: str) -> int:
   """Kernels and copies in the text of a compiled program."""
   return len(re.findall(r" (?:fusion|custom-call|copy)\(", hlo))
+
+
+def plot(rows: Sequence[dict], axes) -> None:
+  """Microseconds of each row, and those its bytes need."""
+  labels = [
+    f"{r['batch']} x {r['tokens']} new, {r['context']} held" for r in rows
+  ]
+  for name, offset in (("us", 0.2), ("byte_floor_us", -0.2)):
+    places = [i + offset for i in range(len(rows))]
+    bars = axes.barh(places, [r[name] for r in rows], 0.4, label=name)
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+  axes.set_yticks(range(len(rows)), labels)
+  axes.set(xscale="log", xlabel="microseconds a layer")
+  axes.margins(x=0.15)
+  axes.legend()
