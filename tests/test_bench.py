@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 from benchmarks import common
 
+from fireq_jax import pipeline, recipe
 from fireq_jax.errors import ResourceError
+from fireq_jax.loading import load_model
+from fireq_jax.prepare import prepare
 
 ROOT = Path(__file__).parent.parent
 
@@ -138,28 +141,45 @@ def test_first_call_is_cached(tmp_path):
   assert any(tmp_path.iterdir())
 
 
+def prepared_demo(name):
+  """The demo model, quantised by a recipe and prepared."""
+  model = load_model("demo")
+  steps = recipe.load(name)
+  calibration = np.random.default_rng(1).integers(0, 4096, (8, 128), np.int32)
+  params = pipeline.quantize_model(
+    pipeline.Source.from_params(model.params), model.config, steps, calibration
+  )
+  params = prepare(jax.device_put(params))
+  return dataclasses.replace(model, params=params, recipe=steps)
+
+
 def test_agreement_of_plain_jax_with_itself():
   from benchmarks import agreement
 
-  from fireq_jax import pipeline, recipe
-  from fireq_jax.loading import load_model
-  from fireq_jax.prepare import prepare
-
-  model = load_model("demo")
-  steps = recipe.load("w4a16")
-  params = pipeline.quantize_model(
-    pipeline.Source.from_params(model.params), model.config, steps
-  )
-  model = dataclasses.replace(
-    model, params=prepare(jax.device_put(params)), recipe=steps
-  )
   windows = np.random.default_rng(0).integers(0, 4096, (2, 32), np.int32)
-  prefill, decode = agreement.compare(model, windows)
-  assert (prefill["tokens"], decode["tokens"]) == (62, 30)
-  for row in (prefill, decode):
+  rows = list(agreement.compare(prepared_demo("w4a16"), windows))
+  assert [row["tokens"] for row in rows] == [62, 30]
+  for row in rows:
     assert row["top1"] == 1 and row["ppl_change"] == 0
     assert 0 < row["kl"] == row["reference_kl"] < 0.1
     assert row["control_top1"] > 0.8
+
+
+@pytest.mark.gpu
+def test_kernels_agree_as_plain_jax_agrees_with_itself():
+  from benchmarks import agreement
+
+  from fireq_jax.evaluate import cut_text
+  from fireq_jax.tokenizer import Tokenizer
+
+  model = prepared_demo("fireq")
+  text = (model.path / "calibration.txt").read_text()
+  tokens = Tokenizer(model.path, model.config.vocab_size).encode(text)
+  windows = cut_text(tokens, length=256)
+  for row in agreement.compare(model, windows):
+    assert 1 - row["top1"] < 1.3 * (1 - row["control_top1"]) + 0.01
+    assert row["kl"] < 1.3 * row["reference_kl"]
+    assert abs(row["ppl_change"]) < 0.01
 
 
 @pytest.mark.parametrize(

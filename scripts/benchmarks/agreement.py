@@ -124,9 +124,9 @@ def compare(model: Any, windows: np.ndarray) -> Iterable[dict]:
       float(_same(logits[name], logits["xla"]))
       for name in ("kernels", "control")
     )
-    ppl, reference = (
+    ppl, control_ppl, reference = (
       float(jnp.exp(_loss(logits[name], following)))
-      for name in ("kernels", "xla")
+      for name in ("kernels", "control", "xla")
     )
     kl, reference_kl = (
       float(_divergence(logits["exact"], logits[name]))
@@ -140,6 +140,7 @@ def compare(model: Any, windows: np.ndarray) -> Iterable[dict]:
       "ppl": ppl,
       "reference_ppl": reference,
       "ppl_change": ppl / reference - 1,
+      "control_ppl_change": control_ppl / reference - 1,
       "kl": kl,
       "reference_kl": reference_kl,
     }
