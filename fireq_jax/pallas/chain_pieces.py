@@ -51,7 +51,6 @@ def grid_barrier(counters: Any, arrivals: int) -> None:
     mov.u32 i, %tid.x;
     setp.ne.u32 p, i, 0;
     @p bra JOIN;
-    fence.acq_rel.gpu;
     red.release.gpu.global.add.u32 [$0], 1;
     WAIT:
     ld.acquire.gpu.global.u32 n, [$0];
@@ -86,47 +85,110 @@ def leave(counters: Any, ctas: int) -> None:
   plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(emit)(counters)
 
 
-def weights(codes: Any, scale: Any, encoding: Encoding) -> jax.Array:
-  """e4m3 [64, 128], operand A of wgmma: row 16 s + r is row r at block s.
+def load_blocks(
+  ref: Any, token: int, first: jax.Array, layout: Any
+) -> jax.Array:
+  """Loads 4 blocks of a row, with zeros for those beyond its end.
+
+  Args:
+    ref: bf16 [T, C / 128, 128] in global memory.
+    token: the row.
+    first: the first block.
+    layout: where warp s has block s and lane l its channels 4 l .. + 3.
+
+  Returns:
+    bf16 [4, 128].
+  """
+  blocks = ref.shape[1]
+  text = f"""{{{_WARP_AND_LANE}
+    .reg .pred p;
+    .reg .b64 a;
+    add.u32 w, w, $3;
+    setp.lt.u32 p, w, {blocks};
+    shl.b32 w, w, 5;
+    add.u32 w, w, l;
+    mul.wide.u32 a, w, 8;
+    add.u64 a, a, $2;
+    mov.b32 $0, 0;
+    mov.b32 $1, 0;
+    @p ld.global.v2.b32 {{$0, $1}}, [a + {token * blocks * 256}];
+    }}"""
+
+  def emit(_, ref, first):
+    operands = [_global(ref), *first.registers.flat]
+    words = vector(_run_words(2, text, operands, "l,r"))
+    quad = ir.VectorType.get((4,), ir.BF16Type.get())
+    registers = np.empty(layout.to_mgpu().registers_shape((4, 128)), object)
+    registers.fill(mgpu.utils.bitcast(words, quad))  # one
+    return array(registers, layout.to_mgpu())
+
+  return plgpu.inline_mgpu(
+    arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())),
+    return_type=plgpu.ShapeDtypeStruct((4, 128), jnp.bfloat16, layout),
+  )(emit)(ref, first)
+
+
+def load_weights(codes: Any, scale: Any) -> list[jax.Array]:
+  """Loads what a thread needs for `weights`.
 
   Args:
     codes: uint8 [4, 4, 256] in shared memory, 4 rows in each 256 bytes.
     scale: e4m3 [4, 16] in shared memory.
-    encoding: of the codes.
+
+  Returns:
+    Ten times i32 [128], one a thread: 8 words of codes, 2 scales.
   """
   text = f"""{{{_WARP_AND_LANE}
     .reg .b32 a, b;
-    .reg .b16 x, y;
     shl.b32 a, w, 10;
     shl.b32 b, l, 4;
     add.u32 a, a, b;
-    add.u32 a, a, $9;
+    add.u32 a, a, $10;
     ld.shared.v4.b32 {{$0, $1, $2, $3}}, [a];
     ld.shared.v4.b32 {{$4, $5, $6, $7}}, [a + 512];
     shl.b32 a, w, 4;
     shr.u32 b, l, 2;
     add.u32 a, a, b;
-    add.u32 a, a, $10;
-    ld.shared.u8 x, [a];
-    ld.shared.u8 y, [a + 8];
-    shl.b16 y, y, 8;
-    or.b16 x, x, y;
-    cvt.rn.f16x2.e4m3x2 $8, x;
+    add.u32 a, a, $11;
+    ld.shared.u8 $8, [a];
+    ld.shared.u8 $9, [a + 8];
     }}"""
 
   def emit(_, codes, scale):
-    struct = ir.Type.parse("!llvm.struct<(" + ", ".join(["i32"] * 9) + ")>")
-    result = _run(
-      text,
-      [_shared(codes), _shared(scale)],
-      "=&r," * 9 + "r,r",
-      struct,
-    )
-    *words, scales = [llvm.extractvalue(i32(), result, (i,)) for i in range(9)]
+    operands = [_shared(codes), _shared(scale)]
+    return [*map(_one_a_thread, _run_words(10, text, operands, "r,r"))]
+
+  struct = plgpu.ShapeDtypeStruct((128,), jnp.int32, _ONE_A_THREAD)
+  return plgpu.inline_mgpu(
+    arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=[struct] * 10
+  )(emit)(codes, scale)
+
+
+def weights(loaded: list[jax.Array], encoding: Encoding) -> jax.Array:
+  """e4m3 [64, 128], operand A of wgmma: row 16 s + r is row r at block s.
+
+  Args:
+    loaded: by `load_weights`.
+    encoding: of the codes.
+  """
+
+  def emit(_, *loaded):
+    *words, low, high = [elements(x.registers[0])[0] for x in loaded]
     i16 = ir.IntegerType.get_signless(16)
+    both: Any = llvm.inline_asm(
+      i32(),
+      [low, high],
+      """{
+      .reg .b16 x, y;
+      mad.lo.u32 $0, $2, 256, $1;
+      mov.b32 {x, y}, $0;
+      cvt.rn.f16x2.e4m3x2 $0, x;
+      }""",
+      "=&r,r,r",
+    )
     sixteen = arith.constant(i32(), ir.IntegerAttr.get(i32(), 16))
     tables = []
-    for half in (scales, arith.shrui(scales, sixteen)):
+    for half in (both, arith.shrui(both, sixteen)):
       bits = arith.trunci(i16, half)
       tables.append(dequant.scaled_table(bits, encoding))
     layout = mgpu.WGMMA_LAYOUT_8BIT
@@ -140,11 +202,11 @@ def weights(codes: Any, scale: Any, encoding: Encoding) -> jax.Array:
     return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
 
   return plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(), plgpu.RefType()),
+    arg_types=(_ONE_A_THREAD,) * 10,
     return_type=plgpu.ShapeDtypeStruct(
       (64, 128), jnp.float8_e4m3fn, plgpu.Layout.WGMMA_8BIT
     ),
-  )(emit)(codes, scale)
+  )(emit)(*loaded)
 
 
 def store_activations(
@@ -261,12 +323,13 @@ def fetch(
     tokens: T.
 
   Returns:
-    f32 [128], one a thread, of each row scale, then of the residual: thread
-    16 t + r has row r of token t.
+    f32 [128], one a thread, of each row scale, then 32 bits that hold the
+    residual: thread 16 t + r has row r of token t. `finish` is the first to
+    touch them, so that nothing waits for what is on its way.
   """
   count = len(row_scales) + (residual is not None)
   loads = [
-    f"add.u64 p, g, ${count + 1 + i}; @q ld.global.f32 ${i}, [p];"
+    f"add.u64 p, g, ${count + 1 + i}; @q ld.global.b32 ${i}, [p];"
     for i in range(len(row_scales))
   ]
   if residual is not None:
@@ -274,17 +337,12 @@ def fetch(
     loads.append(f"""mad.lo.u32 b, t, {n}, k;
     mul.wide.u32 g, b, 2;
     add.u64 g, g, ${2 * count};
-    @q ld.global.u16 h, [g];
-    mov.b32 b, {{z, h}};
-    mov.b32 ${count - 1}, b;""")
-  zeros = " ".join(f"mov.f32 ${i}, 0f00000000;" for i in range(count))
+    @q ld.global.u16 ${count - 1}, [g];""")
+  zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(count))
   text = f"""{{
     .reg .pred q;
     .reg .b32 i, t, k, b;
     .reg .b64 g, p;
-    .reg .b16 h, z;
-    mov.b16 z, 0;
-    mov.b16 h, 0;
     {zeros}
     mov.u32 i, %tid.x;
     bfe.u32 t, i, 4, 3;
@@ -296,19 +354,10 @@ def fetch(
     }}"""
 
   def emit(_, row, *refs):
-    [row] = row.registers.flat
+    operands = [*row.registers.flat, *map(_global, refs)]
+    values = _run_words(count, text, operands, "r" + ",l" * len(refs))
     f32 = ir.F32Type.get()
-    struct = ir.Type.parse("!llvm.struct<(" + ", ".join(["f32"] * count) + ")>")
-    result = _run(
-      text,
-      [row, *map(_global, refs)],
-      "=&f," * count + "r" + ",l" * len(refs),
-      struct if count > 1 else f32,
-    )
-    values = [result]
-    if count > 1:
-      values = [llvm.extractvalue(f32, result, (i,)) for i in range(count)]
-    return [_one_a_thread(value) for value in values]
+    return [_one_a_thread(mgpu.utils.bitcast(x, f32)) for x in values]
 
   refs = row_scales + ([] if residual is None else [residual])
   struct = plgpu.ShapeDtypeStruct((128,), jnp.float32, _ONE_A_THREAD)
@@ -367,11 +416,12 @@ def finish(
     div.full.f32 y0, y0, r;
     mul.f32 y0, y0, y1;""")
   elif len(fetched) > halves:
-    lines.append("add.f32 y0, y0, $5;")
+    lines.append("mov.b32 b, $5; shl.b32 b, b, 16;")
+    lines.append("mov.b32 r, b; add.f32 y0, y0, r;")
   registers = ", ".join(f"s{i}" for i in range(parts))
   text = f"""{{
     .reg .pred q;
-    .reg .b32 i, t, k, a;
+    .reg .b32 i, t, k, a, b;
     .reg .b64 o;
     .reg .b16 h;
     .reg .f32 {registers};
@@ -417,7 +467,12 @@ _ONE_A_THREAD = plgpu.Layout.WG_STRIDED((128,), 1)
 def _one_a_thread(value: Any) -> mgpu.FragmentedArray:
   registers = np.empty((1,), dtype=object)
   registers[0] = vector([value])
-  return array(registers, mgpu.WGStridedFragLayout((128,), 1))
+  signed = True if value.type == i32() else None
+  return mgpu.FragmentedArray(
+    _registers=registers,
+    _layout=mgpu.WGStridedFragLayout((128,), 1),
+    _is_signed=signed,
+  )
 
 
 def _run(
@@ -432,6 +487,16 @@ def _run(
     constraints,
     has_side_effects=True,
   )
+
+
+def _run_words(count: int, text: str, operands: Any, inputs: str) -> list:
+  """The same with `count` i32 results, $0 and so on."""
+  words = ", ".join(["i32"] * count)
+  kind = ir.Type.parse(f"!llvm.struct<({words})>") if count > 1 else i32()
+  result = _run(text, operands, "=&r," * count + inputs, kind)
+  if count == 1:
+    return [result]
+  return [llvm.extractvalue(i32(), result, (i,)) for i in range(count)]
 
 
 def _shared(ref: Any) -> Any:

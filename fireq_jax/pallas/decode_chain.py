@@ -57,7 +57,7 @@ _STEP = 4 * _CONSUMERS  # blocks of a slot of the ring: 4 for each consumer
 CTAS = 132  # one a multiprocessor: they must all run at a time
 _SHARED_BYTES = 227 * 1024
 _REGISTERS = {"consumer": 112, "producer": 32}
-_HELD = 16  # values a thread holds of a row, in units of 4
+_HELD = 14  # values a thread holds of a row, in units of 4
 _F8 = jnp.float8_e4m3fn
 
 
@@ -86,8 +86,8 @@ def supported(
       "scales that are not e4m3, one for each 128 channels",
     ),
     (
-      all(w.shape[1] % (_STEP * BLOCK) == 0 for w, _ in stages),
-      f"input sizes that are not multiples of {_STEP * BLOCK}",
+      all(w.shape[1] % BLOCK == 0 for w, _ in stages),
+      f"input sizes that are not multiples of {BLOCK}",
     ),
     (
       all(w.shape[0] % (BLOCK * _halves(w)) == 0 for w, _ in stages),
@@ -139,7 +139,7 @@ def _call(x, a, stages, counters, *, eps):
   slots = _ring_slots(tokens, stages)
   finishers = _finishers(padded)
   halves = max(_halves(w) for w, _ in stages)
-  blocks = max(w.shape[1] for w, _ in stages) // BLOCK
+  blocks = max(_steps(w) for w, _ in stages) * _STEP
   out_type, inputs = [], [counters, _by_block(x)]
   if a is not None:
     inputs.append(_by_block(a))
@@ -150,7 +150,7 @@ def _call(x, a, stages, counters, *, eps):
     codes = w.codes.reshape(w.codes.shape[0], -1, 256)
     inputs += [codes, w.scale, w.row_scale]
     if gain is not None:
-      inputs.append(gain.reshape(-1, BLOCK))
+      inputs.append(_by_block(gain[None]))
 
   def kernel(counters_gmem, *refs, **smem):
     cta, wg = lax.axis_index("cta"), lax.axis_index("warpgroup")
@@ -200,22 +200,28 @@ def _call(x, a, stages, counters, *, eps):
         def _():
           functools.reduce(lambda done, s: copy(s, done), plan, jnp.int32(0))
 
+    def load_slot(slot):
+      mine = pl.ds(wg * 4, 4)
+      plgpu.barrier_wait(smem["full"].at[slot])
+      loaded = pieces.load_weights(
+        smem["codes"].at[slot, mine], smem["scale"].at[slot, mine]
+      )
+      plgpu.barrier_arrive(smem["empty"].at[slot])
+      return loaded
+
     def multiply(stage, slot, *accs):
       """Products of a tile, one for each half, from `slot` on."""
-      mine = pl.ds(wg * 4, 4)
-      # In one body, so that codes are converted while wgmma runs.
-      for acc in accs:
-        for k in range(stage.steps):
-          plgpu.barrier_wait(smem["full"].at[slot])
-          weights = pieces.weights(
-            smem["codes"].at[slot, mine],
-            smem["scale"].at[slot, mine],
-            stage.encoding,
-          )
-          plgpu.barrier_arrive(smem["empty"].at[slot])
-          plgpu.wgmma(acc, weights, smem["a"].at[k * _CONSUMERS + wg].T)
-          plgpu.wgmma_wait(1)
+      parts = [(acc, k) for acc in accs for k in range(stage.steps)]
+      loaded = load_slot(slot)
+      # In one body, so that codes are loaded and converted while wgmma runs.
+      for i, (acc, k) in enumerate(parts):
+        this = loaded
+        if i + 1 < len(parts):
           slot = lax.select(slot == slots - 1, 0, slot + 1)
+          loaded = load_slot(slot)
+        weights = pieces.weights(this, stage.encoding)
+        plgpu.wgmma(acc, weights, smem["a"].at[k * _CONSUMERS + wg].T)
+        plgpu.wgmma_wait(1)
       plgpu.wgmma_wait(0)
       return [acc[...] for acc in accs]
 
@@ -310,7 +316,7 @@ def _call(x, a, stages, counters, *, eps):
     parts = [k * _CONSUMERS + wg for k in range(steps)]
     gains = None
     if gain is not None:
-      gains = [load(gain.at[pl.ds(k * 4, 4)], layout) for k in parts]
+      gains = [pieces.load_blocks(gain, 0, k * 4, layout) for k in parts]
     wait()
 
     def rows(first):
@@ -318,7 +324,7 @@ def _call(x, a, stages, counters, *, eps):
       return range(first, min(tokens, first + max(1, _HELD // steps)))
 
     def loaded(t):
-      return [load(source.at[t, pl.ds(k * 4, 4)], layout) for k in parts]
+      return [pieces.load_blocks(source, t, k * 4, layout) for k in parts]
 
     def scaled(x):
       if gains is None:
@@ -331,7 +337,7 @@ def _call(x, a, stages, counters, *, eps):
       for t, x in held.items():
         x = [v.astype(jnp.float32) for v in x]
         if gain is not None:
-          squares.at[t, mine][...] = sum(jnp.sum(v * v, axis=1) for v in x)
+          squares.at[t, mine][...] = jnp.sum(sum(v * v for v in x), axis=1)
         peak = functools.reduce(jnp.maximum, map(jnp.abs, scaled(x)))
         peaks.at[t, mine][...] = jnp.max(peak, axis=1)
     pieces.consumers_barrier()
@@ -345,9 +351,8 @@ def _call(x, a, stages, counters, *, eps):
         codes = divide(value, scale, layout).astype(_F8)
         pieces.store_activations(codes, a.at[k], t, padded, layout)
       if gain is not None:
-        mean = jnp.sum(load(squares.at[t], _EVERYWHERE)) / (
-          steps * _STEP * BLOCK
-        )
+        squared = jnp.sum(load(squares.at[t], _EVERYWHERE))
+        mean = squared / (source.shape[1] * BLOCK)
         scale *= lax.rsqrt(mean + eps)
       a_scale[wg, t] = scale
     plgpu.commit_smem()
@@ -402,7 +407,7 @@ class _Stage(NamedTuple):
     codes: uint8 [C / 128, N / 4, 256].
     scale: e4m3 [C / 128, N].
     row_scale: f32 [N].
-    gain: bf16 [C / 128, 128] or None.
+    gain: bf16 [1, C / 128, 128] or None.
     source: bf16 [T, C / 128, 128], what is quantised.
     residual: bf16 [T, n / 128, 128], added to the output, or None.
     out: the same.
@@ -436,7 +441,7 @@ def _plan(stages, refs, *, reads_a):
       _Stage(
         n=w.shape[0] // _halves(w),
         halves=_halves(w),
-        steps=w.shape[1] // (_STEP * BLOCK),
+        steps=_steps(w),
         encoding=w.encoding,
         codes=next(refs),
         scale=next(refs),
@@ -463,6 +468,11 @@ def _halves(w):
   return 2 if w.gated else 1
 
 
+def _steps(w):
+  """Slots that a row of w takes; what lies beyond its end reads as zeros."""
+  return -(-w.shape[1] // (_STEP * BLOCK))
+
+
 def _by_block(x):
   return x.reshape(x.shape[0], -1, BLOCK)
 
@@ -479,7 +489,7 @@ def _finishers(padded):
 def _ring_slots(tokens, stages):
   """Slots of the ring for which shared memory remains."""
   padded = _padded(tokens)
-  longest = max(w.shape[1] for w, _ in stages)
+  longest = max(_steps(w) for w, _ in stages) * _STEP * BLOCK
   halves = max(_halves(w) for w, _ in stages)
   sums = _finishers(padded) * halves * 4 * _CONSUMERS * padded * _ROWS * 4
   used = padded * longest + sums + 8 * 1024

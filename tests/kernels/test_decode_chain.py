@@ -99,9 +99,11 @@ def shapes(tokens, hidden=4096, ffn=14336, qkv=6144, encoding="sign_magnitude"):
 
 def test_what_it_does_not_handle_is_refused():
   supported(*shapes(8))
+  supported(*shapes(4, ffn=11008, qkv=12288))  # Llama-2-7B
+  supported(*shapes(4, 2048, 8192, 3072))  # Llama-3.2-1B
   for wrong, reason in (
     (shapes(9), "9 tokens"),
-    (shapes(1, ffn=11008), "not multiples of 2048"),
+    (shapes(1, ffn=11008 + 64), "not multiples of 128"),
     (shapes(1, qkv=6144 + 16), "not multiples of 128"),
     ((shapes(1)[0], None, shapes(1)[2]), "activations where there are none"),
   ):
@@ -130,6 +132,7 @@ def test_compiles_without_spills(tmp_path, monkeypatch):
     shapes(1),
     shapes(2, encoding="twos_complement"),
     shapes(4, 2048, 8192, 3072),
+    shapes(4, ffn=11008, qkv=12288),
     shapes(8),
   ]
   chain = lambda *args: decode_chain(*args, eps=EPS)
@@ -145,13 +148,21 @@ def test_compiles_without_spills(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("lowest", [-7, -8])
-@pytest.mark.parametrize("tokens", range(1, 9))
-def test_kernel_agrees_with_definition(tokens, lowest):
+@pytest.mark.parametrize(
+  "tokens, hidden, ffn, lowest",
+  [
+    *((tokens, 2048, 6144, -7) for tokens in range(1, 9)),
+    (2, 2048, 6144, -8),
+    (8, 2048, 6144, -8),
+    (1, 1536, 2944, -7),  # 12 and 23 blocks of 128, so slots are not full
+    (4, 1536, 2944, -8),
+  ],
+)
+def test_kernel_agrees_with_definition(tokens, hidden, ffn, lowest):
   """Each stage alone, the chain to each, and the same bits every time."""
   rng = np.random.default_rng(tokens)
-  x, a, stages, _ = problem(rng, tokens, 2048, 6144, lowest)
-  h = jnp.asarray(rng.normal(size=(tokens, 6144)), jnp.bfloat16)
+  x, a, stages, _ = problem(rng, tokens, hidden, ffn, lowest)
+  h = jnp.asarray(rng.normal(size=(tokens, ffn)), jnp.bfloat16)
   counters = jnp.zeros(2, jnp.int32)
   definition = jax.jit(reference.decode_chain, static_argnames="eps")
   alone = [(inputs, [stage]) for inputs, stage in zip((a, a, h, a), stages)]
