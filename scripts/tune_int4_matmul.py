@@ -13,7 +13,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from benchmarks import gemm
+from benchmarks import common, gemm
 
 from fireq_jax import cli
 from fireq_jax.pallas import tunings
@@ -60,7 +60,7 @@ def _us(tuning, n, mode):
   call = jax.jit(
     lambda w, x, x_scale: int4_matmul(x, w, x_scale, tuning=tuning)
   )
-  return gemm.device_us(call, [(w, x, x_scale) for w in weights])
+  return common.device_us(call, [(w, x, x_scale) for w in weights])
 
 
 if __name__ == "__main__":

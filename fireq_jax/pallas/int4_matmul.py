@@ -13,25 +13,26 @@ tokens in steps of `blocks` blocks of 128 along C:
   consumer 1   |   wait | codes -> e4m3 | wgmma | wait | ...  | epilogue |
 
 A consumer is a warpgroup; it holds up to 64 rows. While one converts, another
-keeps the tensor core busy. Two consumers share the rows of a tile; with
-`interleave` 2 or 4, that many sets of consumers take turns at the steps and add
-up their sums at the end of a tile. This hides the latency of the conversion
-where memory sets the pace, with few tokens.
+keeps the tensor core busy. Up to four consumers share the rows of a tile, or
+`interleave` sets of them take turns at the steps and add up their sums at the
+end of a tile. This hides the latency of the conversion where tiles have few
+rows and memory sets the pace.
 
 Scales. e4m3 group scales are part of the operand: the 16 possible products of
 a group, rounded to e4m3, are a table in registers. bf16 group scales leave the
 codes exact: each group's f32 partial sum is multiplied by its scale.
 
-Few tokens. All SMs must pull the same number of bytes, and wgmma always works
-on 64 rows, but it may work on rows that nobody loads or stores: `rows` is
-chosen such that the tiles fill a whole number of waves. Tiles of 32 rows waste
+Few tokens. All SMs must pull the same number of bytes, so `rows` is chosen such
+that the tiles fill a whole number of waves, best a single one: 256 rows for
+28672, 192 for 22016. wgmma always works on 64 rows, but it may work on rows
+that nobody loads or stores. Tiles of 32 rows waste
 nothing: two blocks lie below each other in the 64 rows, each is multiplied by
 the x of both, and of the two sums every row keeps its own block's. The halves
 meet in shared memory at the end of a tile.
 
-Gate and up. Consumer 0 holds rows of the gate and consumer 1 the same rows of
-the up projection; they swap half of their tokens through shared memory, and
-each finishes silu(gate) * up of its half.
+Gate and up. Half of the consumers hold rows of the gate and the others the same
+rows of the up projection; two and two swap half of their tokens through shared
+memory, and each finishes silu(gate) * up of its half.
 """
 
 import dataclasses
@@ -58,10 +59,11 @@ class Tuning:
   Attributes:
     tile_t: tokens of a tile, a multiple of 8 up to 256.
     stages: steps the ring buffer holds, a multiple of `interleave`.
-    rows: rows of a tile: 16, 32, 48 or 64 for one consumer, 128 for two. If
-      it is not 64 or 128, it must divide the rows of the output.
+    rows: rows of a tile: 64 for each of up to four consumers, or 16, 32 or 48
+      for one. Then they must divide the rows of the output.
     blocks: blocks of 128 along C in a step.
-    interleave: sets of consumers that take turns at the steps: 1, 2 or 4.
+    interleave: sets of consumers that take turns at the steps; at most four
+      consumers in all.
     ctas: CTAs that run; CTA i takes every `ctas`-th tile.
     raster: token tiles that are swept together, for reuse in the L2 cache.
   """
@@ -77,7 +79,7 @@ class Tuning:
   def __post_init__(self):
     for name, low, high, multiple in (
       ("tile_t", 8, 256, 8),
-      ("rows", 16, 128, 16 if self.rows <= ROWS else 2 * ROWS),
+      ("rows", 16, 4 * ROWS, 16 if self.rows <= ROWS else ROWS),
       ("stages", 1, 32, self.interleave),
       ("blocks", 1, 8, 1),
     ):
@@ -89,7 +91,7 @@ class Tuning:
       )
     check(
       self.row_groups * self.interleave in REGISTERS,
-      "there are 1, 2 or 4 consumers",
+      "there are 1 to 4 consumers",
       got=self.row_groups * self.interleave,
     )
 
@@ -203,8 +205,9 @@ def int4_matmul(
   )
   n, c = w.shape
   check(
-    tuning.rows == 2 * ROWS
-    or (not w.gated and (tuning.rows == ROWS or n % tuning.rows == 0)),
+    tuning.row_groups % 2 == 0
+    if w.gated
+    else tuning.rows >= ROWS or n % tuning.rows == 0,
     "rows of a tuning do not fit the weight",
     got=f"{tuning.rows} for {n}, gated {w.gated}",
   )

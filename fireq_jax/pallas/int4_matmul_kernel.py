@@ -17,12 +17,12 @@ _WGMMA = plgpu.Layout.WGMMA
 _TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 _BY_TOKEN = plgpu.Layout.WGMMA.reduce(0)
-_SCALE_ROWS = 2 * ROWS  # copied for any tile, for the sake of alignment
+_SCALE_ROWS = 2 * ROWS  # copied together, for the sake of alignment
 _TMA_ALIGNMENT = 128
 _FOLDED = ROWS // 2
 # Of a consumer's and the producer's threads, by consumers. Together they may
-# not exceed what a CTA starts with, 504 or 480 a lane: the kernel would hang.
-REGISTERS = {1: (232, 40), 2: (232, 40), 4: (112, 32)}
+# not exceed what a CTA starts with, 504, 512 or 480 a lane: it would hang.
+REGISTERS = {1: (232, 40), 2: (232, 40), 3: (160, 32), 4: (112, 32)}
 
 
 class Kernel:
@@ -46,7 +46,9 @@ class Kernel:
     folds = tuning.rows == _FOLDED and tuning.blocks % 2 == 0
     self.fold = 2 if folds and w.group == BLOCK else 1
     self.copied = tuning.rows // self.halves
+    self.in_half = tuning.row_groups // self.halves
     self.code_rows = max(self.copied, ROWS)
+    self.scale_rows = pl.cdiv(self.copied, _SCALE_ROWS) * _SCALE_ROWS
     self.code_copies = 1 if self.copied == self.code_rows else tuning.blocks
     self.grid = pl.cdiv(n, tuning.rows), pl.cdiv(t, tuning.tile_t)
     self.tiles = math.prod(self.grid)
@@ -88,7 +90,8 @@ class Kernel:
         jnp.uint8,
       ),
       scale=plgpu.SMEM(
-        (stages, self.halves, self.groups, _SCALE_ROWS), inputs["scale"].dtype
+        (stages, self.halves, self.groups, self.scale_rows),
+        inputs["scale"].dtype,
       ),
       # wgmma multiplies whole rows of a swizzle, here one group at least.
       x=swizzled(
@@ -132,9 +135,9 @@ class Kernel:
       )
       scratch["sums_free"] = plgpu.Barrier(num_barriers=row_groups)
     if self.w.gated:
-      scratch["swap"] = swizzled((2, ROWS, self.piece), jnp.float32)
-      scratch["swap_full"] = plgpu.Barrier(num_barriers=2)
-      scratch["swap_free"] = plgpu.Barrier(num_barriers=2)
+      scratch["swap"] = swizzled((row_groups, ROWS, self.piece), jnp.float32)
+      scratch["swap_full"] = plgpu.Barrier(num_barriers=row_groups)
+      scratch["swap_free"] = plgpu.Barrier(num_barriers=row_groups)
     return scratch
 
   def shared_bytes(self):
@@ -210,7 +213,7 @@ class Kernel:
             )
           copy(
             gmem["scale"].at[
-              pl.ds(i * self.groups, self.groups), pl.ds(row, _SCALE_ROWS)
+              pl.ds(i * self.groups, self.groups), pl.ds(row, self.scale_rows)
             ],
             smem["scale"].at[slot, half],
           )
@@ -241,10 +244,10 @@ class Kernel:
     smem, interleave = self.smem, self.tuning.interleave
 
     def tile(row_tile, token, before):
-      if self.w.gated:
-        row = row_tile * self.held + group * self.n_out
-      else:
-        row = row_tile * self.tuning.rows + group * self.held
+      out_row = (
+        row_tile * self.copied + lax.rem(group, self.in_half) * self.held
+      )
+      row = out_row + lax.div(group, self.in_half) * self.n_out
 
       @pl.when(turn == 0)
       def _():
@@ -253,7 +256,7 @@ class Kernel:
       sums = self.main_loop(group, turn, before)
 
       if not self.parts:
-        self.finish(sums, group, row_tile, row, token, before)
+        self.finish(sums, group, out_row, token, before)
         return
 
       first = interleave - self.parts  # of those that store their sums
@@ -271,7 +274,7 @@ class Kernel:
       @pl.when(turn == 0)
       def _():
         plgpu.barrier_wait(smem["sums_full"].at[group])
-        self.finish(sums, group, row_tile, row, token, before)
+        self.finish(sums, group, out_row, token, before)
         plgpu.barrier_arrive(smem["sums_free"].at[group])
 
     self.for_each_tile(tile)
@@ -285,8 +288,8 @@ class Kernel:
     @pl.when(turn == 0)
     def _():
       if self.w.gated:
-        plgpu.barrier_wait(smem["swap_free"].at[1 - group])
-      plgpu.wait_smem_to_gmem(0)
+        plgpu.barrier_wait(smem["swap_free"].at[self.partner(group)])
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   def main_loop(self, group, turn, before):
     """f32 sums [64, tile_t] over the steps of a tile that have this turn."""
@@ -301,8 +304,8 @@ class Kernel:
       plgpu.barrier_wait(smem["full"].at[slot])
       return slot
 
-    half, rows = (group, 0) if w.gated else (0, group * self.held)
-    rows = pl.ds(rows, ROWS)
+    half = lax.div(group, self.in_half)
+    rows = pl.ds(lax.rem(group, self.in_half) * self.held, ROWS)
 
     def codes(slot, pair):
       ref = smem["codes"].at[slot, half, pair, rows]
@@ -410,7 +413,7 @@ class Kernel:
       pl.ds(token, self.piece), lax.div(row, self.held), rows
     ]
 
-  def finish(self, sums, group, row_tile, row, token, before):
+  def finish(self, sums, group, row, token, before):
     """The epilogue of a tile: from f32 sums [64, tile_t] to the output."""
     gmem, smem, piece = self.gmem, self.smem, self.piece
     plgpu.barrier_wait(smem["vectors_full"].at[group])
@@ -444,12 +447,11 @@ class Kernel:
 
     for i in range(self.pieces):
       buffer = i % self.buffers
-      out_row, out_token = row, token + i * piece
+      out_token = token + i * piece
       if self.w.gated:
         first_use = (before == 0) & (i == 0)
         value = self.swap(group, scaled(2 * i), scaled(2 * i + 1), first_use)
-        out_row = row_tile * self.held
-        out_token = token + (2 * i + group) * piece
+        out_token = token + (2 * i + lax.div(group, self.in_half)) * piece
       else:
         value = scaled(i)
       if "operand" in gmem:
@@ -477,7 +479,7 @@ class Kernel:
       store = functools.partial(
         plgpu.copy_smem_to_gmem,
         smem["out"].at[group, buffer],
-        self.output_tile("out", out_row, out_token),
+        self.output_tile("out", row, out_token),
       )
       if self.w.gated and self.out.shape[0] <= 8:
         # Of an output of one tile of 8 tokens, Pallas drops the dimension of
@@ -486,17 +488,21 @@ class Kernel:
       else:
         store()
 
+  def partner(self, group):
+    """Who has the up rows to these gate rows, or the other way round."""
+    return lax.rem(group + self.in_half, self.tuning.row_groups)
+
   def swap(self, group, even, odd, first_use):
-    """silu(gate) * up of the even (consumer 0) or odd (1) tokens."""
-    smem = self.smem
+    """silu(gate) * up of the even (with the gate) or odd tokens."""
+    smem, partner = self.smem, self.partner(group)
 
     @pl.when(jnp.logical_not(first_use))
     def _():
-      plgpu.barrier_wait(smem["swap_free"].at[1 - group])
+      plgpu.barrier_wait(smem["swap_free"].at[partner])
 
-    is_gate = jnp.broadcast_to(group == 0, even.shape)
-    smem["swap"].at[1 - group][...] = jnp.where(is_gate, odd, even)
-    plgpu.barrier_arrive(smem["swap_full"].at[1 - group])
+    is_gate = jnp.broadcast_to(group < self.in_half, even.shape)
+    smem["swap"].at[partner][...] = jnp.where(is_gate, odd, even)
+    plgpu.barrier_arrive(smem["swap_full"].at[partner])
     plgpu.barrier_wait(smem["swap_full"].at[group])
     theirs = load(smem["swap"].at[group], _WGMMA, optimized=True)
     plgpu.barrier_arrive(smem["swap_free"].at[group])

@@ -9,7 +9,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from fireq_jax.pallas.int4_matmul import Tuning
-from fireq_jax.pallas.layouts import PackedInt4
+from fireq_jax.pallas.layouts import ROWS, PackedInt4
 
 Mode = Literal["e4m3", "exact", "bf16"]
 
@@ -47,8 +47,8 @@ def choose(t: int, w: PackedInt4) -> Tuning:
       (tuning, ns)
       for tuning, ns in table()
       if mode in ns
-      and (n % tuning.rows == 0 or tuning.rows in (64, 128))
-      and not (w.gated and (tuning.rows < 128 or tuning.tile_t < 16))
+      and (n % tuning.rows == 0 or tuning.rows >= ROWS)
+      and not (w.gated and (tuning.row_groups % 2 or tuning.tile_t < 16))
     ),
     key=lambda entry: cost(*entry),
   )[0]

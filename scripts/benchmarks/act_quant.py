@@ -49,7 +49,7 @@ def measure(c: int, *, norm: bool, tokens: list[int]) -> list[common.Row]:
       for i in range(count)
     ]
     us, xla_us = (
-      gemm.device_us(jax.jit(lambda *a, f=f: f(*a, eps=_EPS)), sets)
+      common.device_us(lambda *a, f=f: f(*a, eps=_EPS), sets)
       for f in (act_quant.act_quant, reference.act_quant)
     )
     row = {"tokens": t, "channels": c, "norm": norm, "us": us}

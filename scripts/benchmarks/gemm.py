@@ -1,15 +1,13 @@
 """Device time of the INT4 matmul against bf16, FP8 and naive INT4 matmuls.
 
 Codes and activations are random, and weights rotate through more than 200 MB,
-so that they come from memory and not from the L2 cache. A time is the sum of
-the durations of a call's kernels, as CUPTI reports them: the median of many
-calls. Baselines run in the same process: XLA's bf16 and its product with a
-dequantised INT4 weight, and, where torch is installed, cuBLAS FP8 with one
-scale a tensor and with one scale a row.
+so that they come from memory and not from the L2 cache. Baselines run in the
+same process: XLA's bf16 and its product with a dequantised INT4 weight, and,
+where torch is installed, cuBLAS FP8 with one scale a tensor and with one scale
+a row.
 """
 
-import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,9 +29,6 @@ SHAPES = {  # n, k
   "llama-3-8b/o": (4096, 4096),
 }
 _ROTATED_BYTES = 200e6
-_CALLS = 24
-
-Operands = Sequence[tuple]
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -111,7 +106,7 @@ def _int4(n, k, m, mode):
   call = jax.jit(
     lambda w, x, x_scale: int4_matmul(x, w, x_scale, tuning=tuning)
   )
-  us = device_us(call, [(w, x, x_scale) for w in weights])
+  us = common.device_us(call, [(w, x, x_scale) for w in weights])
   return us, _error(call(weights[0], x, x_scale), weights[0], x, x_scale)
 
 
@@ -161,7 +156,7 @@ def _baselines(n, k, m):
       for i in range(copies(2 * n * k))
     ]
     call = jax.jit(lambda w, x: x @ w)
-    results["xla_bf16"] = device_us(call, [(w, x) for w in weights])
+    results["xla_bf16"] = common.device_us(call, [(w, x) for w in weights])
     del weights
   if m in (16, 1024):
     packed = [
@@ -172,7 +167,7 @@ def _baselines(n, k, m):
       for i in range(copies(n * k / 2))
     ]
     call = jax.jit(_naive_int4)
-    results["xla_int4"] = device_us(call, [(*w, x) for w in packed])
+    results["xla_int4"] = common.device_us(call, [(*w, x) for w in packed])
     del packed
   return results | _torch_fp8(n, k, m)
 
@@ -202,7 +197,7 @@ def _torch_fp8(n, k, m):
     def call(w, scales=scales):
       torch._scaled_mm(x, w.t(), *scales, out_dtype=torch.bfloat16)
 
-    results[name] = device_us(
+    results[name] = common.device_us(
       call, [(w,) for w in weights], sync=torch.cuda.synchronize
     )
   del weights
@@ -212,33 +207,6 @@ def _torch_fp8(n, k, m):
 
 def copies(size: float) -> int:
   return max(2, round(_ROTATED_BYTES / size))
-
-
-def device_us(
-  call: Callable[..., Any],
-  operands: Operands,
-  sync: Callable[[], None] | None = None,
-) -> float:
-  """Median of the summed kernel times of `call(*operands[i])`.
-
-  `jax.experimental.mosaic.gpu.profiler` measures like this, but calls again
-  and again with the same operands.
-  """
-  from jax._src.lib import mosaic_gpu
-
-  cupti = mosaic_gpu._mosaic_gpu_ext
-  out = [call(*operands[0])]
-  wait = lambda: sync() if sync else jax.block_until_ready(out)
-  wait()
-  calls = max(_CALLS, 2 * len(operands))
-  cupti._cupti_init()
-  for i in range(calls):
-    out[0] = call(*operands[i % len(operands)])
-  wait()
-  kernels = [ms for _, ms in cupti._cupti_get_timings(True)]
-  each = len(kernels) // calls
-  sums = [sum(kernels[i * each : (i + 1) * each]) for i in range(calls)]
-  return 1e3 * statistics.median(sums)
 
 
 def plot(rows: Iterable[common.Row], axes: Any) -> None:

@@ -151,7 +151,8 @@ def test_unsupported_inputs_give_a_reason(n, c, x_dtype, reason):
 
 
 @pytest.mark.parametrize(
-  "changes", [{"tile_t": 12}, {"rows": 96}, {"stages": 3, "interleave": 2}]
+  "changes",
+  [{"tile_t": 12}, {"rows": 96}, {"stages": 3, "interleave": 2}, {"rows": 320}],
 )
 def test_impossible_tunings_are_refused(changes):
   with pytest.raises(ConfigError):
@@ -223,6 +224,10 @@ INTERPRETED = [
   (dict(n=128, c=128, t=96), dict(tile_t=96, stages=2, rows=64)),
   (dict(n=96 * 2, c=128, t=8, out_dtype=jnp.float32),
    dict(tile_t=8, stages=2, rows=48)),
+  (dict(n=512, c=256, t=16, gated=True, bias=True),
+   dict(tile_t=16, stages=4, rows=256)),
+  (dict(n=320, c=256, t=13, epilogue="add", lowest=-8),
+   dict(tile_t=16, stages=2, rows=192)),
 ]  # fmt: skip
 
 
