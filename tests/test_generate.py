@@ -1,5 +1,7 @@
 """What generate() promises, on a model small enough to check by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,18 +143,51 @@ STREAM = options(top_k=9, eos_token_ids=(3, 17))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
-def test_stream_equals_batch(seed):
+@pytest.mark.parametrize("new", [NEW, 20])
+def test_stream_equals_batch(new, seed):
+  """20 are made in two loops of ten, the last of which must do nothing."""
   keywords = {
     "key": jax.random.key(seed),
     "temperature": np.array([1.0, 0.0, 2.0]),
     "top_p": 0.8,
-    "opts": STREAM,
+    "opts": dataclasses.replace(STREAM, max_new_tokens=new),
   }
   want = run(**keywords)
   tokens, active = streamed(**keywords)
   assert tokens.shape[1] == max(want.lengths)
   np.testing.assert_array_equal(tokens, want.tokens[:, : tokens.shape[1]])
   np.testing.assert_array_equal(active.sum(1), want.lengths)
+
+
+def test_rows_that_never_end_stop_in_time():
+  """Nor does an end that is drawn after the last token count."""
+  long = np.asarray(run(opts=options(max_new_tokens=28)).tokens)
+  new = 20
+  later = [t for t in np.unique(long[:, new:]) if t not in long[:, :new]]
+  eos = (int(later[0]),) if later else (28,)
+  out = run(opts=options(max_new_tokens=new, eos_token_ids=eos))
+  np.testing.assert_array_equal(out.tokens, long[:, :new])
+  assert (np.asarray(out.lengths) == new).all() and not out.finished.any()
+
+
+@pytest.mark.parametrize(
+  ("steps", "want"), [(0, 0), (5, 5), (16, 16), (19, 10), (72, 8), (1023, 11)]
+)
+def test_steps_between_looks_at_the_end(steps, want):
+  assert generation._unchecked_steps(steps) == want
+
+
+@pytest.mark.parametrize(
+  ("eos", "count"), [((), 99), ((3,), generation._unchecked_steps(99))]
+)
+def test_the_host_waits_for_few_steps(eos, count):
+  """XLA runs a loop without asking the device where it knows the count."""
+
+  def compiled(tokens, lengths):
+    return run(tokens, lengths, options(max_new_tokens=100, eos_token_ids=eos))
+
+  text = jax.jit(compiled).lower(TOKENS[:, :2], LENGTHS).compile().as_text()
+  assert f'"known_trip_count":{{"n":"{count}"}}' in text
 
 
 def test_inside_jit_vmap_and_scan():
