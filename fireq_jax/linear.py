@@ -170,9 +170,14 @@ def _runs(kernel: ModuleType, implementation, *args, **options):
 
 def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:
   """x [..., C] @ w [C, N] with exact products, summed in f32."""
-  return jnp.matmul(
-    x,
+  rows = x.reshape(-1, x.shape[-1])
+  one = rows.shape[0] == 1
+  if one:  # XLA reads w up to four times faster when there are two rows.
+    rows = jnp.pad(rows, ((0, 1), (0, 0)))
+  y = jnp.matmul(
+    rows,
     w,
     precision=jax.lax.Precision.HIGHEST,
     preferred_element_type=jnp.float32,
   )
+  return (y[:1] if one else y).reshape(*x.shape[:-1], -1)
