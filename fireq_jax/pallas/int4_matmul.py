@@ -44,7 +44,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from fireq_jax.config import check
-from fireq_jax.pallas.int4_matmul_kernel import REGISTERS, Kernel
+from fireq_jax.pallas.int4_matmul_kernel import Kernel
+from fireq_jax.pallas.int4_matmul_plan import REGISTERS
 from fireq_jax.pallas.layouts import BLOCK, ROWS, PackedInt4
 
 Epilogue = Literal["linear", "add", "mul", "silu"]

@@ -1,0 +1,132 @@
+"""The plan of `int4_matmul_kernel`: its static shape and the memory it needs."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from fireq_jax.pallas.inline import swizzled
+from fireq_jax.pallas.layouts import BLOCK, ROWS
+
+_SCALE_ROWS = 2 * ROWS  # copied together, for the sake of alignment
+_TMA_ALIGNMENT = 128
+FOLDED = ROWS // 2
+# Of a consumer's and the producer's threads, by consumers. Together they may
+# not exceed what a CTA starts with, 504, 512 or 480 a lane: it would hang.
+REGISTERS = {1: (232, 40), 2: (232, 40), 3: (160, 32), 4: (112, 32)}
+
+
+class Plan:
+  """What a kernel is made of; `__init__` names the parts.
+
+  Args:
+    inputs: its arguments by name, in order.
+    w: the weight.
+    epilogue, out_dtype, tuning: see `int4_matmul`.
+  """
+
+  def __init__(self, inputs, w, epilogue, out_dtype, tuning):
+    self.inputs, self.w, self.epilogue = inputs, w, epilogue
+    self.tuning = tuning
+    (t, c), n = inputs["x"].shape, w.shape[0]
+    self.halves = 2 if w.gated else 1
+    self.n_out = n // self.halves
+    self.groups = tuning.blocks * max(1, BLOCK // w.group)  # of a step
+    self.steps = pl.cdiv(c, BLOCK * tuning.blocks)  # of a tile
+    self.held = tuning.rows // tuning.row_groups  # rows of a consumer
+    # TMA leaves out what lies beyond the last dimension, here rows not held.
+    self.out = jax.ShapeDtypeStruct(
+      (t, pl.cdiv(self.n_out, self.held), self.held), out_dtype
+    )
+    # Consumers read 64 rows each, of which the last may lie beyond the copied,
+    # or are the rows of another block: `fold` blocks lie below each other.
+    folds = tuning.rows == FOLDED and tuning.blocks % 2 == 0
+    self.fold = 2 if folds and w.group == BLOCK else 1
+    self.copied = tuning.rows // self.halves
+    self.in_half = tuning.row_groups // self.halves
+    self.code_rows = max(self.copied, ROWS)
+    self.scale_rows = pl.cdiv(self.copied, _SCALE_ROWS) * _SCALE_ROWS
+    self.code_copies = 1 if self.copied == self.code_rows else tuning.blocks
+    self.grid = pl.cdiv(n, tuning.rows), pl.cdiv(t, tuning.tile_t)
+    self.tiles = math.prod(self.grid)
+    self.ctas = min(tuning.ctas, self.tiles)
+    self.consumers = tuning.row_groups * tuning.interleave
+    # Sums that reach the epilogue through shared memory: those of others, or
+    # all, because folded ones lie in rows of other threads.
+    self.parts = tuning.interleave - (0 if self.fold > 1 else 1)
+    # The epilogue handles at most so many tokens at a time, in buffers.
+    piece, self.buffers = (64, 1) if w.gated else (32, 2)
+    self.piece = math.gcd(piece, tuning.tile_t // self.halves)
+    self.pieces = tuning.tile_t // (self.piece * self.halves)
+    self.vectors = [v for v in ("row_scale", "bias", "x_scale") if v in inputs]
+
+  def scratch(self):
+    tuning, inputs = self.tuning, self.inputs
+    stages, blocks, tile_t = tuning.stages, tuning.blocks, tuning.tile_t
+    row_groups = tuning.row_groups
+    scratch = dict(
+      codes=swizzled(
+        (stages, self.halves, blocks // self.fold, self.code_rows, BLOCK // 2),
+        jnp.uint8,
+      ),
+      scale=plgpu.SMEM(
+        (stages, self.halves, self.groups, self.scale_rows),
+        inputs["scale"].dtype,
+      ),
+      # wgmma multiplies whole rows of a swizzle, here one group at least.
+      x=swizzled(
+        (stages, tile_t, blocks * BLOCK),
+        inputs["x"].dtype,
+        BLOCK if self.w.scale.dtype == jnp.float8_e4m3fn else self.w.group,
+      ),
+      full=plgpu.Barrier(
+        num_arrivals=1 + self.halves * (self.code_copies + 1),
+        num_barriers=stages,
+      ),
+      empty=plgpu.Barrier(num_arrivals=row_groups, num_barriers=stages),
+      out=swizzled(
+        (row_groups, self.buffers, self.piece, ROWS),
+        self.out.dtype,
+        # Tiles of a copy hold all rows held, or divide them.
+        ROWS if self.out.dtype.itemsize == 2 else math.gcd(self.held, ROWS),
+      ),
+      vectors_full=plgpu.Barrier(
+        num_arrivals=len(self.vectors), num_barriers=row_groups
+      ),
+    )
+    for name in self.vectors:
+      dtype = inputs[name].dtype
+      unit = _TMA_ALIGNMENT // dtype.itemsize
+      size = tile_t if name == "x_scale" else ROWS
+      shape = row_groups, pl.cdiv(size, unit) * unit
+      scratch[name] = plgpu.SMEM(shape, dtype)
+    if "operand" in inputs:
+      scratch["operand_full"] = plgpu.Barrier(
+        num_barriers=row_groups * self.buffers
+      )
+    if self.parts:
+      # What is added to the last rows of the last part is never stored.
+      rows = self.parts * ROWS + (FOLDED if self.fold > 1 else 0)
+      scratch["sums"] = swizzled(
+        (row_groups, rows, tile_t), jnp.float32, self.piece
+      )
+      scratch["sums_full"] = plgpu.Barrier(
+        num_arrivals=self.parts, num_barriers=row_groups
+      )
+      scratch["sums_free"] = plgpu.Barrier(num_barriers=row_groups)
+    if self.w.gated:
+      scratch["swap"] = swizzled((row_groups, ROWS, self.piece), jnp.float32)
+      scratch["swap_full"] = plgpu.Barrier(num_barriers=row_groups)
+      scratch["swap_free"] = plgpu.Barrier(num_barriers=row_groups)
+    return scratch
+
+  def shared_bytes(self):
+    """Shared memory in use: every array starts at a multiple of 1024."""
+    total = 4096  # barriers, and what the compiler reserves for reductions
+    for ref in self.scratch().values():
+      if not isinstance(ref, plgpu.Barrier):
+        size = math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize
+        total += pl.cdiv(size, 1024) * 1024
+    return total
