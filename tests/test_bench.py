@@ -48,7 +48,7 @@ def test_accuracy(make_hf_checkpoint, tmp_path, capsys):
   command = ["bench.py", "accuracy", f"--ckpt={model}", f"--text={text}"]
   flags = ["--seq_len=32", "--num_windows=2", "--outliers=8"]
   recipes = ["--recipe=kv4-only", "--recipe=fireq", "--recipe=none"]
-  more = [f"--calib={text}", f"--plot={plot}"]
+  more = [f"--calib={text}", "--num_written=2", f"--plot={plot}"]
   assert bench.main([*command, *flags, *recipes, *more]) == 0
   rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
   assert [(r["recipe"], r["kv"], r["outliers"]) for r in rows] == [

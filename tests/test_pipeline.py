@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fireq_jax import pipeline
 from fireq_jax import recipe as recipes
 from fireq_jax.config import LlamaConfig, RopeConfig
 from fireq_jax.errors import ConfigError, QuantizationError
@@ -121,6 +122,20 @@ def test_the_same_data_gives_the_same_bytes():
   jax.tree.map(
     np.testing.assert_array_equal, quantize(recipe), quantize(recipe)
   )
+
+
+def test_windows_at_a_time_do_not_matter(monkeypatch):
+  recipe = dataclasses.replace(RECIPES["best"], tuning=recipes.Tuning())
+  whole = quantize(recipe)
+  monkeypatch.setattr(pipeline, "_WINDOWS", 2)  # of three
+  parts = quantize(recipe)
+  for layer, other in zip(whole["model"]["layers"], parts["model"]["layers"]):
+    for name, block in recipes.PROJECTIONS.items():
+      value, want = (
+        x[block][name]["kernel"].dequantize() for x in (other, layer)
+      )
+      # Sums in another order may flip a code.
+      assert np.square(value - want).mean() < 0.01 * np.square(want).mean()
 
 
 def test_overrides_reach_their_weights():

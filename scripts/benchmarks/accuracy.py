@@ -30,10 +30,7 @@ def define_flags(values: flags.FlagValues) -> None:
   )
   flags.DEFINE_multi_string("text", None, "Texts.", required=True, **define)
   flags.DEFINE_multi_string(
-    "calib", None, "Calibration data.", required=True, **define
-  )
-  flags.DEFINE_integer(
-    "num_written", 0, "Windows each model writes, to calibrate on.", **define
+    "calib", [], "Calibration data besides what the model writes.", **define
   )
   flags.DEFINE_multi_string(
     "recipe", recipe.presets(), "Recipes; default: all presets.", **define
@@ -44,26 +41,16 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_integer("num_windows", 200, "Of each text.", **define)
   flags.DEFINE_integer("seq_len", 512, "Tokens of a window.", **define)
   flags.DEFINE_integer("num_calib", 128, "Calibration windows.", **define)
+  flags.DEFINE_integer(
+    "num_written", 0, "More of them, written by the model itself.", **define
+  )
 
 
 def run(values: flags.FlagValues) -> Iterable[dict]:
   for ckpt in values.ckpt:
     model = load_model(ckpt)
     tokenizer = Tokenizer(model.path, model.config.vocab_size)
-    given = [
-      calibrate.read_tokens(
-        path, vocab_size=model.config.vocab_size, encode=tokenizer.encode
-      )
-      for path in values.calib
-    ]
-    calibration = calibrate.cut_windows(
-      *given, count=values.num_calib, length=values.seq_len
-    )
-    if values.num_written:
-      written = write_windows(
-        model, count=values.num_written, length=values.seq_len
-      )
-      calibration = np.concatenate([calibration, written])
+    calibration = _calibration(model, tokenizer, values)
     texts = {
       Path(text).name: cut_text(
         tokenizer.encode(Path(text).read_text()),
@@ -96,8 +83,35 @@ def run(values: flags.FlagValues) -> Iterable[dict]:
           }
 
 
+def _calibration(
+  model: Checkpoint, tokenizer: Tokenizer, values: flags.FlagValues
+) -> np.ndarray | None:
+  """Windows of the given files and of what the model writes, or None."""
+  parts = []
+  if values.calib:
+    texts = [
+      calibrate.read_tokens(
+        path, vocab_size=model.config.vocab_size, encode=tokenizer.encode
+      )
+      for path in values.calib
+    ]
+    parts.append(
+      calibrate.cut_windows(
+        *texts, count=values.num_calib, length=values.seq_len
+      )
+    )
+  if values.num_written:
+    parts.append(
+      write_windows(model, count=values.num_written, length=values.seq_len)
+    )
+  return np.concatenate(parts) if parts else None
+
+
 def _variants(
-  model: Checkpoint, recipes: list[str], tokens: np.ndarray, factor: float
+  model: Checkpoint,
+  recipes: list[str],
+  tokens: np.ndarray | None,
+  factor: float,
 ) -> Iterable[tuple[Checkpoint, float]]:
   """The float model, then each recipe with its KV format and in bf16, and
   the seconds that quantising took."""
