@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fireq_jax import calibrate, keys, rotate, smooth, solve, tune
+from fireq_jax import calibrate, keys, offline, rotate, smooth, solve, tune
 from fireq_jax.config import LlamaConfig
 from fireq_jax.errors import ConfigError, QuantizationError
 from fireq_jax.models import llama
@@ -112,7 +112,7 @@ def quantize_model(
   original = _checked(source.embedding(), "embedding")
   embedding = original
   if rotation is not None:
-    embedding = jax.jit(rotate.rotate_embedding)(original, rotation)
+    embedding = offline.jit(rotate.rotate_embedding)(original, rotation)
   embedding = llama.cast_floats(embedding, jnp.bfloat16)
   exact = []
   if tokens is not None:
@@ -121,7 +121,7 @@ def quantize_model(
   head = _checked(source.head(), "head")
   tied = original["embed_tokens"]["embedding"]
   if rotation is not None:
-    head = jax.jit(rotate.rotate_head)(head, tied, rotation)
+    head = offline.jit(rotate.rotate_head)(head, tied, rotation)
   if recipe.head is not None:
     kernel = head["lm_head"]["kernel"] if "lm_head" in head else tied.T
     head["lm_head"] = {"kernel": _quantize_head(kernel, recipe=recipe)}
@@ -136,12 +136,12 @@ def quantize_model(
     start = time.perf_counter()
     layer = _checked(source.layer(index), f"layer {index}")
     if rotation is not None:
-      layer = jax.jit(rotate.rotate_layer)(layer, rotation)
+      layer = offline.jit(rotate.rotate_layer)(layer, rotation)
     smoothed, exact_next = _smooth(
       layer, exact, config=config, recipe=recipe, index=index
     )
     formats = _formats(recipe, index, config)
-    if real:
+    if recipe.solver.reads_inputs:
       quantized = solve.quantize_in_order(
         smoothed,
         dict(formats),
@@ -150,20 +150,20 @@ def quantize_model(
         config=config,
         kv=recipe.kv,
       )
-      if recipe.tuning.steps:
-        quantized, _ = tune.tune_layer(
-          smoothed,
-          quantized,
-          jnp.concatenate(real),
-          jnp.concatenate(exact_next),
-          formats=formats,
-          tuning=recipe.tuning,
-          config=config,
-          kv=recipe.kv,
-        )
-      real = [_run(quantized, x, config=config, kv=recipe.kv) for x in real]
     else:
       quantized = _quantize(smoothed, formats=formats, recipe=recipe)
+    if recipe.tuning.steps:
+      quantized, _ = tune.tune_layer(
+        smoothed,
+        quantized,
+        jnp.concatenate(real),
+        jnp.concatenate(exact_next),
+        formats=formats,
+        tuning=recipe.tuning,
+        config=config,
+        kv=recipe.kv,
+      )
+    real = [_run(quantized, x, config=config, kv=recipe.kv) for x in real]
     exact = exact_next
     error = float(_weight_error(quantized, smoothed))
     params["model"]["layers"].append(jax.device_get(quantized))
@@ -206,10 +206,10 @@ def _smooth(
     factors = _search_awq(
       layer, factors, stats, windows, outputs, formats, config, recipe
     )
-  return jax.jit(smooth.fold)(layer, factors), outputs
+  return offline.jit(smooth.fold)(layer, factors), outputs
 
 
-@functools.partial(jax.jit, static_argnames=("config", "recipe"))
+@functools.partial(offline.jit, static_argnames=("config", "recipe"))
 def _choose_factors(layer, stats, before_rope, *, config, recipe):
   """Returns the layer in its value basis, and all factors but AWQ's."""
   if recipe.rotation.value:
@@ -227,7 +227,7 @@ def _choose_factors(layer, stats, before_rope, *, config, recipe):
   return layer, factors
 
 
-@functools.partial(jax.jit, static_argnames=("formats", "recipe"))
+@functools.partial(offline.jit, static_argnames=("formats", "recipe"))
 def _quantize(layer, *, formats, recipe: Recipe) -> Params:
   """Quantises a layer's weights, each on its own; the rest becomes bf16."""
   quantized = {name: dict(block) for name, block in layer.items()}
@@ -240,7 +240,7 @@ def _quantize(layer, *, formats, recipe: Recipe) -> Params:
   return llama.cast_floats(quantized, jnp.bfloat16)
 
 
-@functools.partial(jax.jit, static_argnames=("recipe",))
+@functools.partial(offline.jit, static_argnames=("recipe",))
 def _quantize_head(kernel: jax.Array, *, recipe: Recipe) -> QTensor:
   """Quantises lm_head [D, V] on its own, whatever inputs the solver reads."""
   assert recipe.head is not None
@@ -256,7 +256,7 @@ def _solved_dtype(solver: Solver) -> jax.typing.DTypeLike:
   return jnp.float32 if solver.scale == "search" else jnp.bfloat16
 
 
-@jax.jit
+@offline.jit
 def _weight_error(quantized: Params, layer: Params) -> jax.Array:
   """Root of the squared error of quantised weights over their squares."""
   miss = total = jnp.float32(0.0)
@@ -281,7 +281,7 @@ def _search_awq(
   )
 
   def loss(factors: Factors) -> float:
-    folded = jax.jit(smooth.fold)(layer, factors)
+    folded = offline.jit(smooth.fold)(layer, factors)
     quantized = _quantize(folded, formats=formats, recipe=rounding)
     return sum(
       float(_miss(quantized, x, y, config=config, kv=recipe.kv))
@@ -300,14 +300,14 @@ def _search_awq(
   return factors
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kv"))
+@functools.partial(offline.jit, static_argnames=("config", "kv"))
 def _miss(layer, x, y, *, config, kv) -> jax.Array:
   """Squared error of a layer's output against `y`."""
   got, _ = solve.run_layer(layer, x, config=config, kv=kv)
   return jnp.square(got.astype(jnp.float32) - y.astype(jnp.float32)).sum()
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kv"))
+@functools.partial(offline.jit, static_argnames=("config", "kv"))
 def _run(layer, x, *, config, kv) -> jax.Array:
   return solve.run_layer(layer, x, config=config, kv=kv)[0]
 
@@ -323,7 +323,7 @@ def _run_windows(layer, windows, config, moment):
   return outputs, stats, jnp.concatenate(before_rope)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "moment"))
+@functools.partial(offline.jit, static_argnames=("config", "moment"))
 def _run_and_look(layer, x, *, config, moment):
   layer = llama.cast_floats(layer, x.dtype)
   y, captured = solve.run_layer(layer, x, config=config, kv=None)

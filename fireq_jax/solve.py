@@ -12,6 +12,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
+from fireq_jax import offline
 from fireq_jax.calibrate import outer_sum
 from fireq_jax.config import KVFormat, LlamaConfig
 from fireq_jax.models import llama, llama_layers
@@ -56,7 +57,8 @@ def quantize_in_order(
     names = [name for name in names if formats[name] is not None]
     if not names:
       continue
-    moment = None
+    inputs = layer[PROJECTIONS[names[0]]][names[0]]["kernel"].shape[0]
+    moment = jnp.zeros((inputs, inputs), jnp.float32)
     for x in windows:
       moment = _add_moment(
         moment, quantized, x, site=site, config=config, kv=kv
@@ -70,16 +72,15 @@ def quantize_in_order(
   return quantized
 
 
-@functools.partial(jax.jit, static_argnames=("site", "config", "kv"))
+@functools.partial(offline.jit, static_argnames=("site", "config", "kv"))
 def _add_moment(moment, layer, x, *, site, config, kv):
   """Adds the sum of c c^T over the inputs c of a site, f32 [C, C]."""
   _, captured = run_layer(layer, x, config=config, kv=kv)
   inputs = captured[f"{site}_in"]
-  found = outer_sum(inputs.reshape(-1, inputs.shape[-1]))
-  return found if moment is None else moment + found
+  return moment + outer_sum(inputs.reshape(-1, inputs.shape[-1]))
 
 
-@functools.partial(jax.jit, static_argnames=("weight_format", "solver"))
+@functools.partial(offline.jit, static_argnames=("weight_format", "solver"))
 def _quantize(kernel, moment, weight_format, solver):
   return quantize_weight(kernel, weight_format, solver=solver, moment=moment)
 

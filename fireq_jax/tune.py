@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fireq_jax import kv_cache
+from fireq_jax import kv_cache, offline
 from fireq_jax.codebook import nearest_codes
 from fireq_jax.config import KVFormat, LlamaConfig
 from fireq_jax.linear import RMSNorm
@@ -46,7 +46,7 @@ _DECAY = (0.9, 0.95)
 
 
 @functools.partial(
-  jax.jit, static_argnames=("formats", "tuning", "config", "kv")
+  offline.jit, static_argnames=("formats", "tuning", "config", "kv")
 )
 def tune_layer(
   exact: Params,

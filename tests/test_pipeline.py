@@ -1,15 +1,16 @@
 """Whole models through every recipe."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fireq_jax import pipeline
+from fireq_jax import pipeline, solve
 from fireq_jax import recipe as recipes
-from fireq_jax.config import LlamaConfig, RopeConfig
+from fireq_jax.config import KVFormat, LlamaConfig, RopeConfig
 from fireq_jax.errors import ConfigError, QuantizationError
 from fireq_jax.models import llama
 from fireq_jax.pipeline import LayerReport, Source, quantize_model
@@ -30,10 +31,15 @@ CONFIG = LlamaConfig(
   tie_word_embeddings=True,
 )
 PARAMS = llama.init_params(CONFIG, jax.random.key(0))
-TOKENS = np.random.default_rng(0).integers(0, 64, (3, 16), np.int32)
+TOKENS = np.random.default_rng(0).integers(0, 64, (3, 48), np.int32)
 RECIPES = {name: recipes.load(name) for name in recipes.presets()} | {
   "best": dataclasses.replace(
     recipes.load("best"), tuning=recipes.Tuning(steps=3)
+  ),
+  "best-with-gptq": dataclasses.replace(
+    recipes.load("best"),
+    solver=Solver(scale="search", gptq=True),
+    tuning=recipes.Tuning(steps=3),
   ),
   "everything": Recipe(
     name="everything",
@@ -124,18 +130,28 @@ def test_the_same_data_gives_the_same_bytes():
   )
 
 
-def test_windows_at_a_time_do_not_matter(monkeypatch):
-  recipe = dataclasses.replace(RECIPES["best"], tuning=recipes.Tuning())
-  whole = quantize(recipe)
-  monkeypatch.setattr(pipeline, "_WINDOWS", 2)  # of three
-  parts = quantize(recipe)
-  for layer, other in zip(whole["model"]["layers"], parts["model"]["layers"]):
-    for name, block in recipes.PROJECTIONS.items():
-      value, want = (
-        x[block][name]["kernel"].dequantize() for x in (other, layer)
+def test_windows_may_run_together():
+  layer = PARAMS["model"]["layers"][0]
+  rng = np.random.default_rng(2)
+  windows = jnp.asarray(rng.normal(size=(3, 16, 128)), jnp.bfloat16)
+  run = lambda parts: (
+    pipeline._run_windows(layer, parts, CONFIG, moment=True),
+    [
+      functools.reduce(
+        lambda moment, x: solve._add_moment(
+          moment, layer, x, site=site, config=CONFIG, kv=KVFormat()
+        ),
+        parts,
+        jnp.zeros((size, size)),
       )
-      # Sums in another order may flip a code.
-      assert np.square(value - want).mean() < 0.01 * np.square(want).mean()
+      for site, size in zip(solve.READERS, (128, 256, 128, 256))
+    ],
+  )
+  close = functools.partial(np.testing.assert_allclose, rtol=0.02, atol=0.01)
+  (outputs, *seen), moments = run([windows[:2], windows[2:]])
+  (single, *alone), others = run([x[None] for x in windows])
+  close(*(np.concatenate(x, dtype=np.float32) for x in (outputs, single)))
+  jax.tree.map(close, (seen, moments), (alone, others))
 
 
 def test_overrides_reach_their_weights():

@@ -1,4 +1,4 @@
-"""Perplexity of every recipe, with and without its KV format.
+"""Perplexity of every recipe.
 
 Each model is quantised in memory with each recipe and scored against its float
 self on each text, in the same process and on the same windows. Outliers are
@@ -38,6 +38,9 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_multi_float(
     "outliers", [1.0], "Factors of injected outliers; 1: none.", **define
   )
+  flags.DEFINE_bool(
+    "kv_off", False, "Score each with its KV format off as well.", **define
+  )
   flags.DEFINE_integer("num_windows", 200, "Of each text.", **define)
   flags.DEFINE_integer("seq_len", 512, "Tokens of a window.", **define)
   flags.DEFINE_integer("num_calib", 128, "Calibration windows.", **define)
@@ -60,11 +63,10 @@ def run(values: flags.FlagValues) -> Iterable[dict]:
       for text in values.text
     }
     for factor in values.outliers:
-      made = list(_variants(model, values.recipe, calibration, factor))
+      made = list(_variants(model, values, calibration, factor))
       variants = [variant for variant, _ in made]
       for text, windows in texts.items():
-        scores = evaluate([model, *variants], windows)[1:]
-        float_ppl = scores[0].ppl
+        exact, *scores = evaluate([model, *variants], windows)
         for (variant, took), score in zip(made, scores):
           yield {
             "model": Path(ckpt).name,
@@ -73,7 +75,7 @@ def run(values: flags.FlagValues) -> Iterable[dict]:
             "kv": variant.recipe.kv.cache,
             "outliers": factor,
             "ppl": round(score.ppl, 3),
-            "float_ppl": round(float_ppl, 3),
+            "float_ppl": round(exact.ppl, 3),
             "kl": round(score.kl, 5),
             "top1": round(score.top1, 4),
             "seconds": round(score.seconds, 1),
@@ -109,16 +111,16 @@ def _calibration(
 
 def _variants(
   model: Checkpoint,
-  recipes: list[str],
+  values: flags.FlagValues,
   tokens: np.ndarray | None,
   factor: float,
 ) -> Iterable[tuple[Checkpoint, float]]:
-  """The float model, then each recipe with its KV format and in bf16, and
+  """Each recipe with its KV format, and without where that is asked for; and
   the seconds that quantising took."""
   params = model.params
   if factor != 1:
     params = outliers.inject(params, model.config, factor=factor)
-  for name in sorted(recipes, key=lambda name: name != "none"):
+  for name in values.recipe:
     steps = recipe.load(name)
     start = time.perf_counter()
     quantized = pipeline.quantize_model(
@@ -127,7 +129,8 @@ def _variants(
     took = time.perf_counter() - start
     changed = dataclasses.replace(model, params=quantized, recipe=steps)
     yield changed, took
-    if steps.kv.cache != "bf16" and steps.weight is not None:
+    has_both = steps.kv.cache != "bf16" and steps.weight is not None
+    if values.kv_off and has_both:
       plain = dataclasses.replace(steps, kv=KVFormat())
       yield dataclasses.replace(changed, recipe=plain), took
 
