@@ -26,11 +26,10 @@ memory. The bytes stream; the instruction count per block is what it must stay
 above (`int4_fragments` says how words become operands).
 
 With several splits, the last one of a sequence and head to end combines what
-all have left in memory (`decode_rows.finish`). Queries are read and results written where the rest of the
-model has them.
+all have left in memory (`decode_rows.finish`). Queries are read and results
+written where the rest of the model has them.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -40,8 +39,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fireq_jax.config import check
 from fireq_jax.pallas import int4_fragments as frag
+from fireq_jax.pallas.decode_plan import Tuning, plan
 from fireq_jax.pallas.decode_rows import (
   ROWS,
   Rows,
@@ -57,80 +56,6 @@ from fireq_jax.pallas.inline import fence_async_proxy, load, store
 MAX_QUERIES = 8
 _NEVER = -1e30  # a maximum below every score, finite so that differences are
 _REGISTERS = {1: 232, 2: 232, 3: 152}  # of a consumer, by their number
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Tuning:
-  """Free choices of the kernel.
-
-  Attributes:
-    block: cached tokens of one step of the ring, a multiple of 128.
-    stages: steps of all rings, a multiple of `consumers`.
-    consumers: warpgroups that compute.
-    splits: parts into which a sequence is cut; None chooses by `plan`.
-    team: consumers that share an item, all or 1; None chooses by `plan`.
-    ctas: persistent CTAs, one a multiprocessor.
-  """
-
-  block: int = 128
-  stages: int = 9
-  consumers: int = 3
-  splits: int | None = None
-  team: int | None = None
-  ctas: int = 132
-
-  def __post_init__(self):
-    check(
-      self.block % frag.TOKENS == 0 and self.block > 0,
-      "decode block must be a positive multiple of 128",
-      got=self.block,
-    )
-    check(
-      self.consumers in _REGISTERS and self.stages % self.consumers == 0,
-      "decode stages must be a multiple of 1, 2 or 3 consumers",
-      got=f"{self.stages} and {self.consumers}",
-    )
-    check(
-      self.team in (None, 1, self.consumers),
-      "a decode team is one consumer or all of them",
-      got=self.team,
-    )
-
-
-def plan(items: int, blocks: int, tuning: Tuning) -> Tuning:
-  """Chooses splits and teams that end soonest.
-
-  Times are in units of 0.5 us, in which all CTAs together load a block each;
-  they were fitted to what 1 to 128 sequences of 1k to 128k tokens took.
-
-  Args:
-    items: (sequence, head) pairs.
-    blocks: blocks of the longest sequence.
-    tuning: what it leaves open is chosen.
-  """
-  block_time, alone = 2.8, 0.4  # in a consumer; to load, at the very least
-
-  def cost(choice):
-    splits, team = choice
-    edge = 3 if team == 1 else 6  # to begin and to merge an item
-    share = -(-blocks // splits)
-    busy = -(-items * splits // tuning.ctas)  # items of a CTA
-    rounds = -(-busy // (tuning.consumers // team))
-    compute = rounds * (-(-share // team) * block_time + edge)
-    fill = alone * min(share, tuning.stages)
-    load = busy * share * max(min(items * splits / tuning.ctas, 1), alone)
-    combine = 3 + splits / 16 if splits > 1 else 0
-    return max(compute + fill, load + edge) + combine
-
-  most = max(1, min(blocks, tuning.ctas))
-  splits = [tuning.splits] if tuning.splits else range(1, most + 1)
-  teams = [tuning.team] if tuning.team else [tuning.consumers]
-  choices = [(s, t) for t in teams for s in splits]
-  # Not measured with longer sequences or several splits.
-  if tuning.team is None and 1 in splits and blocks <= 16:
-    choices.append((1, 1))
-  best = min(choices, key=cost)
-  return dataclasses.replace(tuning, splits=best[0], team=best[1])
 
 
 def unsupported(q: jax.Array, k_words: jax.Array) -> str | None:

@@ -42,13 +42,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fireq_jax.kv_cache import LayerCache
+from fireq_jax.pallas import thread_rows as rows
 from fireq_jax.pallas import threads
 from fireq_jax.pallas.device import one_by_one
 from fireq_jax.pallas.threads import WARP
 
 _OCTET = 8  # tokens of a word of values
-_TINY = float(np.finfo(np.float32).tiny)
-_TO_INTEGER = 1.5 * 2**23  # its sum with x ends in the bits of round(x)
+_FACTORS = "key_scale", "key_shift"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,8 +266,7 @@ def program(t: Any, sizes: Sizes, *refs: Any) -> None:
   rest = iter(refs)
   named = dict(zip(("qkv", "cos", "sin", "starts", "counts"), rest))
   for name, present in (
-    ("key_scale", "key_scale" in sizes.factors),
-    ("key_shift", "key_shift" in sizes.factors),
+    *((name, name in sizes.factors) for name in _FACTORS),
     ("k", True),
     ("v", True),
     ("k_scales", True),
@@ -297,8 +296,9 @@ def _query_task(
   ):
     if key_scale is not None:
       at = head // group * h + channel
-      low = _each(t.divide, low, _floats(t, key_scale, at, live))
-      high = _each(t.divide, high, _floats(t, key_scale, at + h // 2, live))
+      low = rows.each(t.divide, low, rows.floats(t, key_scale, at, live))
+      at = at + h // 2
+      high = rows.each(t.divide, high, rows.floats(t, key_scale, at, live))
     row = token * sizes.heads + head
     at = row * h + channel
     if q_scales is None:
@@ -306,9 +306,9 @@ def _query_task(
         words = [t.pack_bf16(*part[i : i + 2]) for i in range(0, 8, 2)]
         t.store(q, index, words, live)
       continue
-    amax = _largest(t, low + high, sizes.rope_lanes)
+    amax = rows.largest(t, low + high, sizes.rope_lanes)
     scale = amax * float(np.float32(1 / 448))
-    scale = t.select(scale < _TINY, 1.0, scale)
+    scale = t.select(scale < rows.TINY, 1.0, scale)
     for part, index in ((low, at), (high, at + h // 2)):
       part = [t.divide(x, scale) for x in part]
       halves = [t.pack_e4m3(*part[i : i + 2]) for i in range(0, 8, 2)]
@@ -331,19 +331,19 @@ def _key_task(
       (key_shift, lambda x, shift: x - shift),
     ):
       if ref is not None:
-        low = _each(change, low, _floats(t, ref, at, live))
-        high = _each(change, high, _floats(t, ref, at + h // 2, live))
+        low = rows.each(change, low, rows.floats(t, ref, at, live))
+        high = rows.each(change, high, rows.floats(t, ref, at + h // 2, live))
     b, i = token // sizes.length, token % sizes.length
     start, count = _place(t, b, starts, counts, live)
     place = start + i
     live = live & (i < count) & (place < sizes.capacity)
     row = (b * sizes.kv_heads + head) * sizes.capacity + place
-    amax = _largest(t, low + high, sizes.rope_lanes)
-    scale, stored = _scale(t, amax, sizes.scale)
+    amax = rows.largest(t, low + high, sizes.rope_lanes)
+    scale, stored = rows.scale(t, amax, sizes.scale)
     first = channel < 8
-    t.store(k_scales, row, [stored], live & first, _SCALE_BITS[sizes.scale])
+    t.store(k_scales, row, [stored], live & first, rows.SCALE_BITS[sizes.scale])
     for part, index in ((low, channel), (high, channel + h // 2)):
-      codes = [_code(t, x, scale) for x in part]
+      codes = [rows.code(t, x, scale) for x in part]
       word = codes[0]
       for n, code in enumerate(codes[1:], 1):
         word = word | (code << (4 * n))
@@ -368,7 +368,7 @@ def _rotated_heads(t, task, sizes, heads, first, qkv, cos, sin):
   chunks = sizes.chunks(heads)
   token, chunk = task // chunks, task % chunks
   angles = token * (h // 2) + channel
-  cosines, sines = (_floats(t, ref, angles) for ref in (cos, sin))
+  cosines, sines = (rows.floats(t, ref, angles) for ref in (cos, sin))
   loaded = []
   for i in range(sizes.passes):
     head = (chunk * sizes.passes + i) * (WARP // lanes) + t.lane // lanes
@@ -377,7 +377,7 @@ def _rotated_heads(t, task, sizes, heads, first, qkv, cos, sin):
     words = [t.load(qkv, at + half, 4, live) for half in (0, h // 2)]
     loaded.append((head, live, *words))
   for head, live, low, high in loaded:
-    low, high = _unpack_bf16(t, low), _unpack_bf16(t, high)
+    low, high = rows.unpack_bf16(t, low), rows.unpack_bf16(t, high)
     angles = zip(low, high, cosines, sines)
     pairs = [(x * c - y * s, y * c + x * s) for x, y, c, s in angles]
     low, high = ([pair[i] for pair in pairs] for i in range(2))
@@ -410,13 +410,13 @@ def _value_task(
     at = row + (sizes.heads + sizes.kv_heads + head) * h + quad * 4
     words = t.load(qkv, at, 2, live)
     live = live & (count >= token + 1) & (place + i < sizes.capacity)
-    loaded.append((i, live, _unpack_bf16(t, words)))
+    loaded.append((i, live, rows.unpack_bf16(t, words)))
   masks, codes, scales = [], [], []
   for i, live, values in loaded:
-    scale, stored = _scale(t, _largest(t, values, lanes), sizes.scale)
+    scale, stored = rows.scale(t, rows.largest(t, values, lanes), sizes.scale)
     masks.append(t.select(live, 15, 0) << (i * 4))
     codes.append(
-      [t.select(live, _code(t, x, scale), 0) << (i * 4) for x in values]
+      [t.select(live, rows.code(t, x, scale), 0) << (i * 4) for x in values]
     )
     scales.append((i, live, stored))
 
@@ -441,62 +441,9 @@ def _value_task(
   lane = quad if sizes.length > 1 else i
   own = live & (quad < len(scales))
   at = head * sizes.capacity + place + lane
-  t.store(v_scales, at, [stored], own, _SCALE_BITS[sizes.scale])
-
-
-_SCALE_BITS = {"bf16": 16, "e4m3": 8, "f32": 32}
+  t.store(v_scales, at, [stored], own, rows.SCALE_BITS[sizes.scale])
 
 
 def _place(t, b, starts, counts, when):
   """Row b's first position and number of tokens."""
   return t.load(starts, b, 1, when)[0], t.load(counts, b, 1, when)[0]
-
-
-def _floats(t, ref, index, when=None):
-  """8 f32 from `index` on."""
-  words = t.load(ref, index, 4, when) + t.load(ref, index + 4, 4, when)
-  return [t.as_f32(word) for word in words]
-
-
-def _unpack_bf16(t, words):
-  return [
-    t.as_f32(bits) for word in words for bits in (word << 16, word & 0xFFFF0000)
-  ]
-
-
-def _each(function, *lists):
-  return [function(*items) for items in zip(*lists)]
-
-
-def _largest(t, values, lanes):
-  """The largest magnitude in `lanes` neighbouring lanes."""
-  amax = t.absolute(values[0])
-  for x in values[1:]:
-    amax = t.maximum(amax, t.absolute(x))
-  while lanes > 1:
-    lanes //= 2
-    amax = t.maximum(amax, t.shuffle_xor(amax, lanes))
-  return amax
-
-
-def _scale(t, amax, dtype):
-  """The scale of INT4 codes, rounded to `dtype`; and the bits to store."""
-  scale = amax * float(np.float32(1 / 7))
-  match dtype:
-    case "bf16":
-      scale = t.as_f32(t.pack_bf16(scale, scale) & 0xFFFF0000)
-    case "e4m3":
-      scale = t.unpack_e4m3(t.pack_e4m3(scale, scale))
-  scale = t.select(scale < _TINY, 1.0, scale)
-  match dtype:
-    case "bf16":
-      return scale, t.bits(scale) >> 16
-    case "e4m3":
-      return scale, t.pack_e4m3(scale, scale)
-  return scale, t.bits(scale)
-
-
-def _code(t, x, scale):
-  """round(x / scale) in [-7, 7], as a nibble."""
-  x = t.minimum(t.maximum(t.divide(x, scale), -7.0), 7.0)
-  return t.bits(x + _TO_INTEGER) & 15

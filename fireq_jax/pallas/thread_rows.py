@@ -1,0 +1,61 @@
+"""Numbers of a row in the registers of threads, and their INT4 codes.
+
+Functions of a `threads.Threads` and of its registers, for programs that round
+rows. The laws of scales and codes are those of `kv_cache.encode`.
+"""
+
+import numpy as np
+
+SCALE_BITS = {"bf16": 16, "e4m3": 8, "f32": 32}
+TINY = float(np.finfo(np.float32).tiny)
+_TO_INTEGER = 1.5 * 2**23  # its sum with x ends in the bits of round(x)
+
+
+def floats(t, ref, index, when=None):
+  """8 f32 from `index` on."""
+  words = t.load(ref, index, 4, when) + t.load(ref, index + 4, 4, when)
+  return [t.as_f32(word) for word in words]
+
+
+def unpack_bf16(t, words):
+  return [
+    t.as_f32(bits) for word in words for bits in (word << 16, word & 0xFFFF0000)
+  ]
+
+
+def each(function, *lists):
+  return [function(*items) for items in zip(*lists)]
+
+
+def largest(t, values, lanes):
+  """The largest magnitude in `lanes` neighbouring lanes."""
+  amax = t.absolute(values[0])
+  for x in values[1:]:
+    amax = t.maximum(amax, t.absolute(x))
+  while lanes > 1:
+    lanes //= 2
+    amax = t.maximum(amax, t.shuffle_xor(amax, lanes))
+  return amax
+
+
+def scale(t, amax, dtype):
+  """The scale of INT4 codes, rounded to `dtype`; and the bits to store."""
+  scale = amax * float(np.float32(1 / 7))
+  match dtype:
+    case "bf16":
+      scale = t.as_f32(t.pack_bf16(scale, scale) & 0xFFFF0000)
+    case "e4m3":
+      scale = t.unpack_e4m3(t.pack_e4m3(scale, scale))
+  scale = t.select(scale < TINY, 1.0, scale)
+  match dtype:
+    case "bf16":
+      return scale, t.bits(scale) >> 16
+    case "e4m3":
+      return scale, t.pack_e4m3(scale, scale)
+  return scale, t.bits(scale)
+
+
+def code(t, x, scale):
+  """round(x / scale) in [-7, 7], as a nibble."""
+  x = t.minimum(t.maximum(t.divide(x, scale), -7.0), 7.0)
+  return t.bits(x + _TO_INTEGER) & 15
