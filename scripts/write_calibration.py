@@ -1,7 +1,7 @@
 """Lets a model write calibration text for its own quantisation.
 
   python scripts/write_calibration.py --ckpt DIR --out written.npy
-  python scripts/quantize.py --ckpt DIR --recipe best --calib written.npy
+  python scripts/quantize.py --ckpt DIR --calib written.npy --num_calib 1000
 
 --ckpt is a Hugging Face folder or one of our checkpoints: a model too large
 to run in float may write with its own INT4 weights.
