@@ -11,6 +11,10 @@ os.environ["XLA_FLAGS"] = " ".join(
   [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
 )
 
+# Threads of an interpreted kernel that wait hold threads of XLA's pool, which
+# has as many as there are processors: too few on a small machine.
+os.environ.setdefault("NPROC", "8")
+
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
