@@ -7,7 +7,7 @@ from fireq_jax import kv_cache
 from fireq_jax.config import Implementation
 from fireq_jax.kv_cache import KeyValues, LayerCache
 from fireq_jax.pallas import decode_attention as decode
-from fireq_jax.pallas import kv_layout
+from fireq_jax.pallas import kv_layout, prefill_operands
 from fireq_jax.pallas import prefill_attention as prefill
 from fireq_jax.pallas.device import require_hopper
 from fireq_jax.qtensor import quantize_e4m3
@@ -105,12 +105,11 @@ def _mosaic_attention(q, q_scale, kv, starts, counts):
     )
   if q_scale is None:
     raise NotImplementedError("prefill needs e4m3 queries")
-  k, v = kv.k, kv.v
   if isinstance(kv, LayerCache):
-    held = kv_cache.read(kv)
-    k, v = held.k, held.v
-    k_scale, v_scale = (jnp.swapaxes(x, 1, 2) for x in (k_scale, v_scale))
-  operands = kv_layout.prefill_operands(k, k_scale, v, v_scale)
+    make = prefill_operands.prefill_operands
+  else:
+    make = kv_layout.prefill_operands
+  operands = make(kv.k, k_scale, kv.v, v_scale)
   return prefill.prefill_attention(q, q_scale, *operands, starts, counts)
 
 

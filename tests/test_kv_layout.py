@@ -70,7 +70,7 @@ def test_prefill_operands():
   v[0, 5, 1] = 0  # its scale means nothing
   v_scale[0, 5, 1] = 1e6
   v_scale[1, 7, 2] = 1e-6  # far below the others
-  k8, v8, scales, unit = (
+  k8, v8, weights, scales, unit = (
     np.asarray(x, np.float64)
     for x in kv_layout.prefill_operands(
       *map(
@@ -78,14 +78,17 @@ def test_prefill_operands():
       )
     )
   )
-  assert k8.shape == (2, 3, 256, 16) and v8.shape == (2, 3, 24, 256)
+  assert k8.shape == (2, 3, 256, 16) and v8.shape == (2, 3, 16, 256)
   assert scales.shape == (2, 3, 128, 4) and unit.shape == (2, 3)
   np.testing.assert_array_equal(k8[:, :, :130], k.swapaxes(1, 2))
   np.testing.assert_array_equal(k8[:, :, 130:], 0)
   # Thread t of a quad holds tokens 2t, 2t + 1, 2t + 8 and 2t + 9 of 16.
   place = [4 * (s % 8 // 2) + 2 * (s // 8) + s % 2 for s in range(16)]
-  v8 = v8.reshape(2, 3, 24, 16, 16)[..., place].reshape(2, 3, 24, 256)
-  np.testing.assert_array_equal(v8[:, :, :16, :130], v.transpose(0, 2, 3, 1))
+  v8, weights = (
+    x.reshape(2, 3, -1, 16, 16)[..., place].reshape(2, 3, -1, 256)
+    for x in (v8, weights)
+  )
+  np.testing.assert_array_equal(v8[..., :130], v.transpose(0, 2, 3, 1))
   np.testing.assert_array_equal(
     scales[:, :, :65, 0], k_scale[:, ::2].swapaxes(1, 2)
   )
@@ -98,7 +101,7 @@ def test_prefill_operands():
   want = np.where(real, np.maximum(v_scale, largest / 1024), largest)
   got = 2 ** scales[..., 2:].reshape(2, 3, 256) * unit[..., None]
   np.testing.assert_allclose(got[..., :130], want.swapaxes(1, 2), rtol=1e-5)
-  weights = v8[:, :, 16:].reshape(2, 3, 4, 2, 256)
+  weights = weights.reshape(2, 3, 4, 2, 256)
   np.testing.assert_array_equal(weights, weights[:, :, :1].repeat(4, axis=2))
   inverse = weights[:, :, 0].sum(2)
   np.testing.assert_allclose(

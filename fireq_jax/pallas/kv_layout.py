@@ -19,7 +19,9 @@ import numpy as np
 
 BLOCK = 32  # tokens of a block of V words
 _OCTET = 8  # codes of a word
+_TILE = 128  # tokens that operands of prefill are padded to
 VALUE_UNIT = 448 / 1024
+WEIGHT_ROWS = 8
 # Position 4t + j of 16 tokens holds token 2t + j, or 8 + 2t + j - 2 from j = 2.
 KV_ORDER = np.array(
   [2 * t + j if j < 2 else 6 + 2 * t + j for t in range(4) for j in range(4)]
@@ -118,7 +120,7 @@ def append_values(
 
 def prefill_operands(
   k: jax.Array, k_scale: jax.Array, v: jax.Array, v_scale: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
   """Codes [B, S, K, H], scales [B, S, K] -> operands of `prefill_attention`.
 
   Tokens are padded to a multiple of 128 with zeros. Value scales are counted in
@@ -127,35 +129,69 @@ def prefill_operands(
 
   Returns:
     k: e4m3 [B, K, S, H].
-    v: e4m3 [B, K, H + 8, S], tokens of each 16 in `KV_ORDER`. The last 8 rows
-      are four times the same two: 1 / scale, and what rounding took from it.
+    v: e4m3 [B, K, H, S], tokens of each 16 in `KV_ORDER`.
+    weights: e4m3 [B, K, 8, S], more rows of v. They are four times the same
+      two: 1 / scale, and what rounding took from it.
     scales: f32 [B, K, S / 2, 4], of two tokens the scales of their keys and
       the log2 of those of their values.
     unit: f32 [B, K].
   """
-  padding = -k.shape[1] % 128
-  pad = lambda x: jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+  by_head = lambda x: jnp.swapaxes(_pad(x, 1), 1, 2)
+  k, v = by_head(k), jnp.moveaxis(_pad(v, 1), 1, 3)
+  weights, scales, unit = token_operands(
+    jnp.swapaxes(k_scale, 1, 2), jnp.swapaxes(v_scale, 1, 2), (v != 0).any(2)
+  )
   e4m3 = jnp.float8_e4m3fn
-  by_head = lambda x: jnp.swapaxes(pad(x), 1, 2).astype(jnp.float32)
-  k, v = jnp.swapaxes(pad(k), 1, 2), jnp.moveaxis(pad(v), 1, 3)
-  k_scale, v_scale = by_head(k_scale), by_head(v_scale)
+  return k.astype(e4m3), _in_order(v.astype(e4m3)), weights, scales, unit
+
+
+def token_operands(
+  k_scale: jax.Array, v_scale: jax.Array, taken: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Operands that are a number or two of each token.
+
+  Args:
+    k_scale: [B, K, S].
+    v_scale: [B, K, S].
+    taken: bool [B, K, S], S padded: which tokens have values other than zero.
+
+  Returns:
+    weights, scales and unit, see `prefill_operands`.
+  """
+  k_scale, v_scale = (
+    _pad(x.astype(jnp.float32), 2) for x in (k_scale, v_scale)
+  )
   # The scale of a token without values is arbitrary.
-  v_scale = jnp.where((v != 0).any(2), v_scale, 0.0)
+  v_scale = jnp.where(taken, v_scale, 0.0)
   largest = jnp.max(v_scale, axis=-1, keepdims=True)
   largest = jnp.where(largest > 0, largest, 1.0)
   unit = largest * VALUE_UNIT
   v_scale = jnp.where(v_scale > 0, v_scale, largest)
   v_scale = jnp.maximum(v_scale / unit, 1 / 448)
   weight = 1 / v_scale  # at most 448, the largest e4m3
-  high = weight.astype(e4m3)
-  low = (weight - high.astype(jnp.float32)).astype(e4m3)
-  weights = jnp.tile(jnp.stack([high, low], axis=2), (1, 1, 4, 1))
-  v = jnp.concatenate([v.astype(e4m3), weights], axis=2)
-  blocks = v.reshape(*v.shape[:-1], -1, 16)
-  v = jnp.take(blocks, jnp.asarray(KV_ORDER), axis=-1).reshape(v.shape)
+  high = weight.astype(jnp.float8_e4m3fn)
+  low = (weight - high.astype(jnp.float32)).astype(jnp.float8_e4m3fn)
+  rows = jnp.stack([high, low] * (WEIGHT_ROWS // 2), axis=2)
   pairs = lambda x: x.reshape(*x.shape[:2], -1, 2)
   scales = [pairs(k_scale), pairs(jnp.log2(v_scale))]
-  return k.astype(e4m3), v, jnp.concatenate(scales, axis=-1), unit[..., 0]
+  return _in_order(rows), jnp.concatenate(scales, axis=-1), unit[..., 0]
+
+
+def padded(tokens: int) -> int:
+  """Tokens of the operands of prefill: whole tiles."""
+  return -(-tokens // _TILE) * _TILE
+
+
+def _pad(x, axis):
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = 0, padded(x.shape[axis]) - x.shape[axis]
+  return jnp.pad(x, widths)
+
+
+def _in_order(x):
+  """Tokens [..., S] with those of each 16 in `KV_ORDER`."""
+  halves = x.reshape(*x.shape[:-1], -1, 2, 4, 2)
+  return jnp.swapaxes(halves, -3, -2).reshape(x.shape)
 
 
 def _shifts() -> jax.Array:

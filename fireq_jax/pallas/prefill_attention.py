@@ -10,9 +10,8 @@ dtype e4m3 (k and v hold INT4 codes, which e4m3 represents exactly):
 Both scales and the peak take two multiply-adds an element, in exponents of 2,
 (qk * k_scale - peak) * q_scale + log2(v_scale). 1 / v_scale is two more rows of
 v, so tensor cores sum rows, of the same rounded p. The peak need not be the
-maximum: it moves, by a whole exponent, where p would not fit e4m3. A row sees
-tokens up to its own, the last row the last token, so that a prefill can
-continue a cache.
+maximum: it moves only where p would not fit e4m3. A row sees tokens up to its
+own, the last row the last token, so that a prefill can continue a cache.
 
 Who does what in a persistent CTA, each consumer with 64 rows of its own; t is a
 tile of kv tokens, taken in order:
@@ -21,11 +20,15 @@ tile of kv tokens, taken in order:
   tensor core |      QK0 |       QK1 PV0 |       QK2 PV1 |
   consumer    |          softmax 0       softmax 1       softmax 2
 
-PV of tile t - 1 runs while the consumer's own softmax of tile t does, and the
-other consumer's softmax covers QK.
+PV of tile t - 1 runs while the consumer's own softmax of tile t begins. The two
+consumers take turns: one's exponentials run while the tensor core works for the
+other. A turn ends when exponents are known, when PV is nearly done: where it
+ended with the issue of products, those of both consumers came to be computed at
+the same time, and then both computed exponentials.
 
-FP8 products of Hopper keep 14 bits of a sum. So denominators are summed in f32
-after each tile, numerators after each `_CHUNK` tiles, in shared memory.
+FP8 products of Hopper keep 14 bits of a sum, which cuts off most where all terms
+are positive. So denominators are summed in f32 after each tile, numerators
+after each `_CHUNK` tiles, in shared memory.
 
 P needs no movement between threads: its accumulator registers are an e4m3 A
 operand if tokens are permuted inside blocks of 16 (`KV_ORDER`), so v is stored
@@ -45,6 +48,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from fireq_jax.config import check
 from fireq_jax.pallas import prefill_fragments as fragments
 from fireq_jax.pallas.inline import fence_async_proxy, load
+from fireq_jax.pallas.kv_layout import WEIGHT_ROWS
 
 _L = plgpu.Layout
 _ROW = _L.WGMMA.reduce(1)
@@ -93,6 +97,7 @@ def prefill_attention(
   q_scale: jax.Array,
   k: jax.Array,
   v: jax.Array,
+  weights: jax.Array,
   scales: jax.Array,
   unit: jax.Array,
   starts: jax.Array,
@@ -107,7 +112,8 @@ def prefill_attention(
     q_scale: f32 [B, T, N].
     k: e4m3 [B, K, S, H], S a multiple of 128, and so on: see
       `kv_layout.prefill_operands`.
-    v: e4m3 [B, K, H + 8, S].
+    v: e4m3 [B, K, H, S].
+    weights: e4m3 [B, K, 8, S].
     scales: f32 [B, K, S / 2, 4].
     unit: f32 [B, K].
     starts: i32 [B], the position of each row's first query.
@@ -133,6 +139,7 @@ def prefill_attention(
     pad(q_scale, _ROWS),
     k,
     v,
+    weights,
     scales,
     unit,
     counts,
@@ -153,7 +160,9 @@ def unsupported(q: jax.Array, k: jax.Array) -> str | None:
   return None
 
 
-def _kernel(q, q_scale, k, v, scales, unit, q_lengths, kv_lengths, *, tuning):
+def _kernel(
+  q, q_scale, k, v, weights, scales, unit, q_lengths, kv_lengths, *, tuning
+):
   """Runs the kernel.
 
   Operands are those of `prefill_attention`, but for kv_lengths i32 [B], the
@@ -169,8 +178,8 @@ def _kernel(q, q_scale, k, v, scales, unit, q_lengths, kv_lengths, *, tuning):
   rounds = -(-items // ctas)
 
   def kernel(
-    q_gmem, qs_gmem, k_gmem, v_gmem, scales_gmem, unit_gmem, ql_gmem, kl_gmem,
-    o_gmem,
+    q_gmem, qs_gmem, k_gmem, v_gmem, weights_gmem, scales_gmem, unit_gmem,
+    ql_gmem, kl_gmem, o_gmem,
     *,
     q_smem, k_smem, v_smem, scales_smem, sums_smem, o_smem, q_full, q_empty, k_full,
     k_empty, v_full, v_empty, turn,
@@ -239,9 +248,15 @@ def _kernel(q, q_scale, k, v, scales, unit, q_lengths, kv_lengths, *, tuning):
           def _():
             plgpu.barrier_wait(v_empty.at[stage])
 
-          plgpu.copy_gmem_to_smem(
-            v_gmem.at[b, kv_head, :, tokens], v_smem.at[stage], v_full.at[stage]
-          )
+          for rows, source in (
+            (pl.ds(0, h), v_gmem),
+            (pl.ds(h, WEIGHT_ROWS), weights_gmem),
+          ):
+            plgpu.copy_gmem_to_smem(
+              source.at[b, kv_head, :, tokens],
+              v_smem.at[stage, rows],
+              v_full.at[stage],
+            )
 
         lax.fori_loop(0, tiles_kv, step, None)
         return issued + tiles_kv, q_tiles + jnp.where(tiles_kv > 0, 1, 0)
@@ -277,13 +292,6 @@ def _kernel(q, q_scale, k, v, scales, unit, q_lengths, kv_lengths, *, tuning):
         @pl.when(tiles_kv > 0)
         def _():
           plgpu.barrier_wait(q_full)
-
-        def take_turn(action):
-          """Lets the consumers issue their products one after the other."""
-          plgpu.barrier_wait(turn.at[wg])
-          result = action()
-          plgpu.barrier_arrive(turn.at[1 - wg])
-          return result
 
         @pl.when(mine > 0)
         def _():
@@ -321,32 +329,33 @@ def _kernel(q, q_scale, k, v, scales, unit, q_lengths, kv_lengths, *, tuning):
             def body(j, carry, masked):
               p, peak, total = carry
               plgpu.barrier_wait(k_full.at[stage_of(j)])
-
-              @take_turn
-              def _():
-                qk(j)
-                pv(p, j - 1)
-
+              plgpu.barrier_wait(turn.at[wg])
+              qk(j)
+              pv(p, j - 1)
               x = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
               e = exponents(x, j, peak, masked)
+              plgpu.barrier_arrive(turn.at[1 - wg])
               o = plgpu.wgmma_accumulator_load(o_ref, wait_n=0)
               plgpu.barrier_arrive(v_empty.at[stage_of(j - 1)])
-              e, o, total, peak = fragments.settle(e, o, total, peak, scale)
+              p = fragments.probabilities(e)
+              p, o, total, peak = fragments.settle(p, e, o, total, peak, scale)
               o_ref[...] = o
-              return fragments.to_operand(jnp.exp2(e)), peak, total
+              return p, peak, total
 
             # Every row sees the first token, so its first peak is a number.
             plgpu.barrier_wait(k_full.at[stage_of(0)])
-            take_turn(lambda: qk(0))
+            plgpu.barrier_wait(turn.at[wg])
+            qk(0)
+            plgpu.barrier_arrive(turn.at[1 - wg])
             x = plgpu.wgmma_accumulator_load(s_ref, wait_n=0)
             zero = plgpu.layout_cast(jnp.zeros((64,), jnp.float32), _ROW)
             e = exponents(x, 0, zero, True)
             rise = fragments.first_rise(e)
-            p = fragments.to_operand(jnp.exp2(e - by_row(rise, e)))
+            p = fragments.probabilities(e - by_row(rise, e))
             peak = rise / scale
             sums = sums_smem.at[wg]
             sums[...] = plgpu.layout_cast(
-              jnp.zeros((64, h + 8), jnp.float32), _L.WGMMA
+              jnp.zeros((64, h + WEIGHT_ROWS), jnp.float32), _L.WGMMA
             )
 
             def promoted(o, peak, old_peak):
@@ -392,13 +401,14 @@ def _kernel(q, q_scale, k, v, scales, unit, q_lengths, kv_lengths, *, tuning):
 
           pl.run_scoped(
             attend,
-            plgpu.ACC((64, h + 8), jnp.float32),
+            plgpu.ACC((64, h + WEIGHT_ROWS), jnp.float32),
             plgpu.ACC((64, bk), jnp.float32),
           )
 
         def pass_over(j, _):
           stage = stage_of(j)
-          take_turn(lambda: None)
+          plgpu.barrier_wait(turn.at[wg])
+          plgpu.barrier_arrive(turn.at[1 - wg])
           plgpu.barrier_wait(k_full.at[stage])
           plgpu.barrier_arrive(k_empty.at[stage])
           plgpu.barrier_wait(v_full.at[stage])
@@ -449,10 +459,10 @@ def _kernel(q, q_scale, k, v, scales, unit, q_lengths, kv_lengths, *, tuning):
       q_smem=plgpu.SMEM((2, 64, h), _F8, transforms=_transforms(8, h)),
       k_smem=plgpu.SMEM((stages, bk, h), _F8, transforms=_transforms(8, h)),
       v_smem=plgpu.SMEM(
-        (stages, h + 8, bk), _F8, transforms=_transforms(8, bk)
+        (stages, h + WEIGHT_ROWS, bk), _F8, transforms=_transforms(8, bk)
       ),
       scales_smem=plgpu.SMEM((stages, bk // 2, 4), jnp.float32),
-      sums_smem=plgpu.SMEM((2, 64, h + 8), jnp.float32),
+      sums_smem=plgpu.SMEM((2, 64, h + WEIGHT_ROWS), jnp.float32),
       o_smem=plgpu.SMEM(
         (2, 64, h), jnp.bfloat16, transforms=_transforms(16, h)
       ),
@@ -460,7 +470,7 @@ def _kernel(q, q_scale, k, v, scales, unit, q_lengths, kv_lengths, *, tuning):
       q_empty=plgpu.Barrier(num_arrivals=2),
       k_full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
       k_empty=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-      v_full=plgpu.Barrier(num_barriers=stages),
+      v_full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
       v_empty=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
       turn=plgpu.Barrier(num_barriers=2),
     ),
@@ -471,4 +481,4 @@ def _kernel(q, q_scale, k, v, scales, unit, q_lengths, kv_lengths, *, tuning):
       lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
     ),
     kernel_name="prefill_attention",
-  )(q, q_scale, k, v, scales, unit, q_lengths, kv_lengths)
+  )(q, q_scale, k, v, weights, scales, unit, q_lengths, kv_lengths)

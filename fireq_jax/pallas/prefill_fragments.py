@@ -1,9 +1,10 @@
 """Softmax of prefill attention on the registers of a warpgroup.
 
 Thread 4g + t of a warp holds rows g and g + 8 of the warp's 16, and of every 8
-columns the columns 2t and 2t + 1. An element costs two multiply-adds, half a comparison, an
-exponential and half a conversion: peaks of rows move only where an exponent is
-too large for e4m3 (`settle`), and the tensor cores sum rows.
+columns the columns 2t and 2t + 1. An element costs two multiply-adds, an
+exponential and half a conversion. Nothing compares elements: where one is too
+large for e4m3 it saturates, which four codes at a time tell, and only then
+peaks of rows move (`settle`).
 """
 
 import functools
@@ -37,11 +38,11 @@ TOKEN_PAIRS = plgpu.Layout.TILED(
   lane_dims=(plgpu.Replicated(8), -2),
   vector_dim=-1,
 )
-# Peaks move by whole exponents, so that rounding to e4m3 does not depend on the
-# order of tiles: into (CENTRE - 1, CENTRE] where one is at LIMIT or above.
-# 2 ** LIMIT rounds to 448, the largest number.
+# The largest exponent of a row's first tile becomes FIRST: exact in e4m3, and
+# low enough that few later ones saturate. Of those that do, the largest becomes
+# CENTRE, and so do others between it and saturation where one of the warp does.
+FIRST = 5.0
 CENTRE = 7.0
-LIMIT = 8.75
 
 
 def exponents(
@@ -91,65 +92,44 @@ def first_rise(e: jax.Array) -> jax.Array:
   """How far f32 e [64, S] has to be lowered: f32 [64]."""
 
   def emit(e):
-    rises = [vector([_rise(_row(e, half))]) for half in range(2)]
+    rises = [vector([_rise(_row(e, half), FIRST)]) for half in range(2)]
     layout = mgpu.WGMMA_ROW_LAYOUT
     return array(np.reshape(rises, layout.registers_shape((64,))), layout)
 
   return inline(
     emit,
-    lambda e: jnp.ceil(jnp.max(e, axis=1) - CENTRE),
+    lambda e: jnp.max(e, axis=1) - FIRST,
     arg_types=(_TILE,),
     return_type=plgpu.ShapeDtypeStruct(e.shape[:1], e.dtype, _ROW),
   )(e)
 
 
-def to_operand(p: jax.Array) -> jax.Array:
-  """f32 accumulator [64, S] -> e4m3 A operand, tokens in `KV_ORDER`."""
+def probabilities(e: jax.Array) -> jax.Array:
+  """2 ** e, e f32 [64, S] -> e4m3 A operand, tokens in `KV_ORDER`."""
 
-  def emit(p):
-    layout = mgpu.WGMMA_LAYOUT_8BIT
-    bytes_of = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
-    e4m3 = ir.VectorType.get((4,), ir.Float8E4M3FNType.get())
-    out = np.empty(layout.registers_shape(p.shape), dtype=object)
-    for index in np.ndindex(out.shape):
-      pairs = [
-        p.registers[(index[0], 2 * index[1] + half, *index[2:])]
-        for half in range(2)
-      ]
-      word = assembly(
-        i32(),
-        [*elements(pairs[0]), *elements(pairs[1])],
-        "{ .reg .b16 lo, hi;"
-        " cvt.rn.satfinite.e4m3x2.f32 lo, $2, $1;"
-        " cvt.rn.satfinite.e4m3x2.f32 hi, $4, $3;"
-        " mov.b32 $0, {lo, hi}; }",
-        "=r,f,f,f,f",
-      )
-      out[index] = mgpu.utils.bitcast(mgpu.utils.bitcast(word, bytes_of), e4m3)
-    return array(out, layout)
-
-  def model(p):
-    blocks = p.reshape(p.shape[0], -1, 16)[..., KV_ORDER]
-    return jnp.clip(blocks.reshape(p.shape), 0, 448).astype(_E4M3)
+  def emit(e):
+    out = np.empty_like(e.registers)
+    for index, pair in np.ndenumerate(e.registers):
+      out[index] = vector([_exp2(x) for x in elements(pair)])
+    return _operand(_pack(out, e.shape), e.shape)
 
   return inline(
-    emit,
-    model,
-    arg_types=(_TILE,),
-    return_type=plgpu.ShapeDtypeStruct(p.shape, _E4M3, plgpu.Layout.WGMMA_8BIT),
-  )(p)
+    emit, _probabilities, arg_types=(_TILE,), return_type=_operand_of(e)
+  )(e)
 
 
 def settle(
+  p: jax.Array,
   e: jax.Array,
   out: jax.Array,
   total: jax.Array,
   peak: jax.Array,
   scale: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Raises the peaks of a warp's rows where one of its exponents is too large.
+  """Raises the peaks of a warp's rows where one of its codes is saturated.
 
   Args:
+    p: e4m3 [64, S], `probabilities` of e.
     e: f32 [64, S], `exponents`.
     out: f32 [64, H + 8], sums weighted with 2 ** e of earlier tiles. The last 8
       columns are 4 equal pairs, and hold sums of weights of the last tile alone.
@@ -158,12 +138,22 @@ def settle(
     scale: f32 [64].
 
   Returns:
-    e, out, total and peak with new peaks; those 8 columns went into total.
+    p, out, total and peak with new peaks; those 8 columns went into total.
   """
 
-  def emit(e, out, total, peak, scale):
+  def emit(p, e, out, total, peak, scale):
     halves = range(2)
-    e_of = [_row(e, half) for half in halves]
+    words = [mgpu.utils.bitcast(word, i32()) for word in p.registers.flat]
+    # Only 0x7e, the largest code, carries into the highest bit.
+    carried = [arith.addi(word, constant(0x02020202)) for word in words]
+    any_full = assembly(
+      i32(),
+      [functools.reduce(arith.ori, carried)],
+      "{ .reg .pred p; .reg .b32 high; and.b32 high, $1, 0x80808080;"
+      " setp.ne.b32 p, high, 0; vote.sync.any.pred p, p, 0xffffffff;"
+      " selp.b32 $0, 1, 0, p; }",
+      "=r,r",
+    )
     out_of = [_row(out, half) for half in halves]
     totals, peaks, scales = (
       [elements(a.registers[0, 0, half, 0, 0])[0] for half in halves]
@@ -172,82 +162,75 @@ def settle(
     for half in halves:
       *out_of[half], high, low = out_of[half]
       totals[half] = arith.addf(totals[half], arith.addf(high, low))
-    # Floats above zero are ordered as their bits are.
-    bits = [arith.bitcast(i32(), x) for x in (*e_of[0], *e_of[1])]
-    chains = [functools.reduce(arith.maxsi, bits[i::4]) for i in range(4)]
-    limit = np.float32(LIMIT).view(np.int32)
-    any_above = assembly(
-      i32(),
-      [functools.reduce(arith.maxsi, chains)],
-      "{ .reg .pred p;"
-      f" setp.ge.s32 p, $1, {limit};"
-      " vote.sync.any.pred p, p, 0xffffffff;"
-      " selp.b32 $0, 1, 0, p; }",
-      "=r,r",
-    )
-    old = [*e_of[0], *e_of[1], *out_of[0], *out_of[1], *totals, *peaks]
+    old = [*words, *out_of[0], *out_of[1], *totals, *peaks]
     branch = scf.IfOp(
-      arith.cmpi(arith.CmpIPredicate.ne, any_above, constant(0)),
+      arith.cmpi(arith.CmpIPredicate.ne, any_full, constant(0)),
       [x.type for x in old],
       has_else=True,
     )
     with ir.InsertionPoint(branch.then_block):
-      new_e, new_out, new_totals, new_peaks = [], [], [], []
+      new_out, new_totals, new_peaks = [], [], []
+      lowered = np.empty_like(e.registers)
       for half in halves:
-        rise = arith.maxnumf(_rise(e_of[half]), _float(0.0))
+        rise = arith.maxnumf(_rise(_row(e, half), CENTRE), _float(0.0))
         shrink = _exp2(arith.negf(rise))
-        new_e += [arith.subf(x, rise) for x in e_of[half]]
         new_out += [arith.mulf(x, shrink) for x in out_of[half]]
         new_totals.append(arith.mulf(totals[half], shrink))
         new_peaks.append(_fma(rise, _reciprocal(scales[half]), peaks[half]))
-      scf.YieldOp([*new_e, *new_out, *new_totals, *new_peaks])
+        for i, pair in np.ndenumerate(e.registers):
+          if i[4] == half:
+            pair = [_exp2(arith.subf(x, rise)) for x in elements(pair)]
+            lowered[i] = vector(pair)
+      new_words = _pack(lowered, e.shape)
+      scf.YieldOp([*new_words, *new_out, *new_totals, *new_peaks])
     # pyrefly: ignore[no-matching-overload]
     with ir.InsertionPoint(branch.else_block):
       scf.YieldOp(old)
 
     results = iter(branch.results)
-    for a, kept in ((e, e.shape[1] // 8), (out, out.shape[1] // 8 - 1)):
-      registers = np.empty_like(a.registers)
-      for half in halves:
-        for i in np.ndindex(registers.shape):
-          if i[4] == half and i[1] < kept:
-            registers[i] = vector([next(results), next(results)])
-          elif i[4] == half:
-            # A constant would be set while wgmma runs, which serialises it.
-            pair = elements(a.registers[i])
-            registers[i] = vector([arith.subf(x, x) for x in pair])
-      yield array(registers, mgpu.WGMMA_LAYOUT)
-    for a in (total, peak):
-      registers = np.empty_like(a.registers)
+    yield _operand([next(results) for _ in words], e.shape)
+    registers = np.empty_like(out.registers)
+    for half in halves:
+      for i in np.ndindex(registers.shape):
+        if i[4] == half and i[1] < registers.shape[1] - 1:
+          registers[i] = vector([next(results), next(results)])
+        elif i[4] == half:
+          # A constant would be set while wgmma runs, which serialises it.
+          pair = elements(out.registers[i])
+          registers[i] = vector([arith.subf(x, x) for x in pair])
+    yield array(registers, mgpu.WGMMA_LAYOUT)
+    for _ in (total, peak):
+      registers = np.empty_like(peak.registers)
       for half in halves:
         registers[0, 0, half, 0, 0] = vector([next(results)])
       yield array(registers, mgpu.WGMMA_ROW_LAYOUT)
 
-  def model(e, out, total, peak, scale):
-    top = jnp.max(e, axis=1)
-    above = jnp.any(top.reshape(4, 16) >= LIMIT, axis=1)
-    rise = jnp.maximum(jnp.ceil(top - CENTRE), 0)
-    rise = jnp.where(jnp.repeat(above, 16), rise, 0)
+  def model(p, e, out, total, peak, scale):
+    full = jnp.any(p.astype(jnp.float32) == 448, axis=1)
+    full = jnp.repeat(jnp.any(full.reshape(4, 16), axis=1), 16)
+    rise = jnp.maximum(jnp.max(e, axis=1) - CENTRE, 0)
+    rise = jnp.where(full, rise, 0)
     shrink = jnp.exp2(-rise)
     total = (total + out[:, -8] + out[:, -7]) * shrink
     out = (out * shrink[:, None]).at[:, -8:].set(0)
-    return e - rise[:, None], out, total, peak + rise / scale
+    p = _probabilities(e - rise[:, None])
+    return p, out, total, peak + rise / scale
 
   return inline(
     lambda *args: tuple(emit(*args)),
     model,
-    arg_types=(_TILE, _TILE, _ROW, _ROW, _ROW),
+    arg_types=(plgpu.Layout.WGMMA_8BIT, _TILE, _TILE, _ROW, _ROW, _ROW),
     return_type=(
-      _like(e),
+      _operand_of(e),
       _like(out),
       _like(total, layout=_ROW),
       _like(peak, layout=_ROW),
     ),
-  )(e, out, total, peak, scale)
+  )(p, e, out, total, peak, scale)
 
 
 def normalise(out: jax.Array, total: jax.Array, factor: jax.Array) -> jax.Array:
-  """Divides out f32 [64, H + 8] by its totals, see `settle`: f32 [64, H]."""
+  """factor * out / total of f32 out [64, H + 8], see `settle`: f32 [64, H]."""
   head_dim = out.shape[1] - 8
 
   def emit(out, total, factor):
@@ -294,13 +277,53 @@ def _row(a, half):
   ]
 
 
-def _rise(row):
-  """Distance in whole exponents of a row's largest exponent from CENTRE."""
+def _operand_of(e):
+  return plgpu.ShapeDtypeStruct(e.shape, _E4M3, plgpu.Layout.WGMMA_8BIT)
+
+
+def _probabilities(e):
+  """What `probabilities` computes."""
+  blocks = jnp.exp2(e).reshape(e.shape[0], -1, 16)[..., KV_ORDER]
+  return jnp.clip(blocks.reshape(e.shape), 0, 448).astype(_E4M3)
+
+
+def _pack(p, shape):
+  """Registers of f32 p [64, S] -> words of an e4m3 A operand."""
+  words = []
+  for index in np.ndindex(mgpu.WGMMA_LAYOUT_8BIT.registers_shape(shape)):
+    pairs = [
+      p[(index[0], 2 * index[1] + half, *index[2:])] for half in range(2)
+    ]
+    word = assembly(
+      i32(),
+      [*elements(pairs[0]), *elements(pairs[1])],
+      "{ .reg .b16 lo, hi;"
+      " cvt.rn.satfinite.e4m3x2.f32 lo, $2, $1;"
+      " cvt.rn.satfinite.e4m3x2.f32 hi, $4, $3;"
+      " mov.b32 $0, {lo, hi}; }",
+      "=r,f,f,f,f",
+    )
+    words.append(word)
+  return words
+
+
+def _operand(words, shape):
+  """The e4m3 A operand that consists of these words."""
+  layout = mgpu.WGMMA_LAYOUT_8BIT
+  bytes_of = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
+  e4m3 = ir.VectorType.get((4,), ir.Float8E4M3FNType.get())
+  out = np.empty(layout.registers_shape(shape), dtype=object)
+  for index, word in zip(np.ndindex(out.shape), words):
+    out[index] = mgpu.utils.bitcast(mgpu.utils.bitcast(word, bytes_of), e4m3)
+  return array(out, layout)
+
+
+def _rise(row, goal):
+  """How far a row's largest exponent is above `goal`."""
   top = functools.reduce(arith.maxnumf, row)
   for distance in (1, 2):
     top = arith.maxnumf(top, mgpu.utils.shfl_bfly(top, distance))
-  above = arith.subf(top, _float(CENTRE))
-  return assembly(above.type, [above], "cvt.rpi.f32.f32 $0, $1;", "=f,f")
+  return arith.subf(top, _float(goal))
 
 
 def _float(value):

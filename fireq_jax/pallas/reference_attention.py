@@ -70,6 +70,7 @@ def prefill_attention(
   q_scale: jax.Array,
   k: jax.Array,
   v: jax.Array,
+  weights: jax.Array,
   scales: jax.Array,
   unit: jax.Array,
   starts: jax.Array,
@@ -79,6 +80,7 @@ def prefill_attention(
   batch, length, n, head_dim = q.shape
   tokens = k.shape[2]
   order = jnp.argsort(jnp.asarray(KV_ORDER))
+  v = jnp.concatenate([v, weights], axis=2)
   v = jnp.take(v.reshape(*v.shape[:-1], -1, 16), order, axis=-1)
   group = n // k.shape[1]
   of_query = lambda x: jnp.repeat(x.astype(jnp.float32), group, axis=1)
@@ -99,7 +101,7 @@ def prefill_attention(
   peak = jnp.max(
     exponents, axis=-1, keepdims=True, where=visible, initial=-1e30
   )
-  exponents -= jnp.ceil(peak - CENTRE)
+  exponents -= peak - CENTRE
   p = jnp.where(visible, jnp.exp2(exponents), 0.0)
   out = jnp.einsum("bnts,bnhs->btnh", round_e4m3(p), v)
   values, weights = out[..., :head_dim], out[..., head_dim : head_dim + 2]

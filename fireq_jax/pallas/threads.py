@@ -211,6 +211,11 @@ class Threads:
     """The bits of an f32."""
     return Register(arith.bitcast(i32(), x.value))
 
+  def permute(self, low: Any, high: Any, places: Any) -> Register:
+    """Four bytes of eight, by number in the low nibbles of `places`."""
+    words = [_as_register(x, None) for x in (low, high, places)]
+    return _word_of("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", *words)
+
   def absolute(self, x: Register) -> Register:
     return _f32("abs.f32 $0, $1;", x)
 

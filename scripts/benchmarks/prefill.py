@@ -26,7 +26,7 @@ from fireq_jax.qtensor import quantize_e4m3
 def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_list(
     "sizes",
-    ["1x1024", "1x4096", "1x8192", "1x16384"],
+    ["1x1024", "1x4096", "1x8192", "1x16384", "16x1024"],
     "Batch x tokens of the rows.",
     flag_values=values,
   )
@@ -107,6 +107,7 @@ def _measure(batch, seq, q_heads, kv_heads, head_dim) -> dict:
 
 
 def plot(rows, axes) -> None:
+  rows = [row for row in rows if row["batch"] == 1]
   seq = [row["seq"] for row in rows]
   axes.plot(seq, [row["tflops"] for row in rows], "o-", label="INT4 keys, FP8")
   for name in sorted({name for row in rows for name in row["baselines"]}):

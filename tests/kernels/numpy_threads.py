@@ -91,6 +91,20 @@ class NumpyThreads:
     assert x.dtype == np.float32
     return x.view(np.uint32).astype(np.int64)
 
+  def permute(self, low, high, places):
+    low, high, places = (
+      np.broadcast_to(x, self.lane.shape) for x in (low, high, places)
+    )
+    both = (low & 0xFFFFFFFF) | (high & 0xFFFFFFFF) << 32
+    out = np.zeros_like(self.lane)
+    for i in range(4):
+      place = (places >> 4 * i) & 15
+      assert (place < 8).all(), "bit 3 would spread a sign"
+      out |= (
+        (both.astype(np.uint64) >> (8 * place).astype(np.uint64)) & 255
+      ).astype(np.int64) << 8 * i
+    return out
+
   def absolute(self, x):
     return np.abs(x)
 

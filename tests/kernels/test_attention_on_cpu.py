@@ -51,7 +51,8 @@ def prefill_operands(batch, length, q_heads, kv_heads, head_dim, tokens):
     shape((batch, length, q_heads, head_dim), E4M3),
     shape((batch, length, q_heads), F32),
     shape((batch, kv_heads, tokens, head_dim), E4M3),
-    shape((batch, kv_heads, head_dim + 8, tokens), E4M3),
+    shape((batch, kv_heads, head_dim, tokens), E4M3),
+    shape((batch, kv_heads, 8, tokens), E4M3),
     shape((batch, kv_heads, tokens // 2, 4), F32),
     shape((batch, kv_heads), F32),
     shape((batch,), jnp.int32),
@@ -241,7 +242,8 @@ def interpreted_prefill(operands, **tuning):
   with mosaic_interpreter.interpret() as races:
     got = prefill_attention.prefill_attention(*operands, tuning=tuning)
     assert not races()
-  assert close(got, want, 4e-3)
+  # Peaks, and so what P is rounded to, depend on the order of tiles.
+  assert close(got, want, 4e-2)
   return np.asarray(got, np.float32)
 
 
