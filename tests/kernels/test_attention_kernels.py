@@ -17,6 +17,7 @@ from fireq_jax.pallas import (
   decode_attention,
   kv_layout,
   prefill_attention,
+  prefill_bf16,
   reference_attention,
 )
 from fireq_jax.qtensor import quantize_e4m3
@@ -133,6 +134,42 @@ def test_prefill(head_dim, heads, length):
   ours, theirs = errors(got, plain, want)
   assert (ours <= 2 * theirs + SLACK).all(), (ours, theirs)
   padding = np.arange(length) >= counts[:, None]
+  assert not np.asarray(got, np.float32)[padding].any()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=str)
+@pytest.mark.parametrize("length", [1, 129, 300])
+def test_prefill_bf16(head_dim, heads, length):
+  tokens = 517
+  starts = np.array([0, 0, 0, 1, 63, 64, 127, 128, 200, tokens - length])
+  counts = np.array([length, 1, 0, length, *[length] * 5, max(length // 2, 1)])
+  keys = jax.random.split(jax.random.key(length), 3)
+  shape = (len(starts), length, heads[0], head_dim)
+  q = jax.random.normal(keys[0], shape, jnp.bfloat16)
+  k, v = (
+    jax.random.normal(key, (len(starts), tokens, heads[1], head_dim)).astype(
+      jnp.bfloat16
+    )
+    for key in keys[1:]
+  )
+  positions = [jnp.asarray(x, jnp.int32) for x in (starts, counts)]
+  ones = np.ones(k.shape[:3])
+  want = exact(q, k, ones, v, ones, starts)
+  padding = np.arange(length) >= counts[:, None]
+  want[padding] = 0
+  by_head = lambda x: jnp.swapaxes(x, 1, 2)
+  got = prefill_bf16.prefill_attention(q, by_head(k), by_head(v), *positions)
+  plain = attention(
+    q,
+    None,
+    KeyValues(k=k, v=v),
+    starts=positions[0],
+    counts=positions[1],
+    out_dtype=jnp.bfloat16,
+  )
+  ours, theirs = errors(got, plain, want)
+  assert (ours <= 2 * theirs + SLACK).all(), (ours, theirs)
   assert not np.asarray(got, np.float32)[padding].any()
 
 

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fireq_jax.attention import attention
 from fireq_jax.errors import ConfigError
+from fireq_jax.kv_cache import KeyValues
 from fireq_jax.pallas import (
   decode_attention,
   kv_layout,
   prefill_attention,
+  prefill_bf16,
   reference_attention,
 )
 
@@ -116,6 +119,33 @@ def test_prefill_says_what_it_cannot_do():
       )
 
 
+@pytest.mark.parametrize(
+  "sizes", [(1, 512, 32, 8, 128, 1024), (2, 9, 4, 4, 64, 77)], ids=str
+)
+def test_prefill_bf16(sizes):
+  operands = bf16_operands(*sizes)
+  (out,) = lower(prefill_bf16.prefill_attention, *operands)
+  assert (out.shape, out.dtype) == (operands[0].shape, BF16)
+
+
+def bf16_operands(batch, length, q_heads, kv_heads, head_dim, tokens):
+  shape = jax.ShapeDtypeStruct
+  held = shape((batch, kv_heads, tokens, head_dim), BF16)
+  rows = shape((batch,), jnp.int32)
+  q = shape((batch, length, q_heads, head_dim), BF16)
+  return q, held, held, rows, rows
+
+
+def test_prefill_bf16_says_what_it_cannot_do():
+  for wrong in (
+    bf16_operands(1, 9, 4, 4, 96, 16),
+    prefill_operands(1, 64, 8, 8, 64, 128)[:1]
+    + bf16_operands(1, 64, 8, 8, 64, 128)[1:],
+  ):
+    with pytest.raises(NotImplementedError):
+      jax.eval_shape(prefill_bf16.prefill_attention, *wrong)
+
+
 def test_tuning_is_checked():
   for wrong in (
     {"block": 100},
@@ -157,6 +187,7 @@ def test_kernels_compile_without_spills(tmp_path, monkeypatch):
     decode_attention.decode_attention,
     prefill_attention.prefill_attention,
   )
+  bf16 = prefill_bf16.prefill_attention
   reports = deviceless.compile_all(
     [
       (decode, decode_operands(64, 1, 32, 8, 128, 8192)),
@@ -165,10 +196,12 @@ def test_kernels_compile_without_spills(tmp_path, monkeypatch):
       (decode, decode_operands(128, 1, 32, 8, 128, 1024)),
       (prefill, prefill_operands(1, 4096, 32, 8, 128, 4096)),
       (prefill, prefill_operands(2, 300, 8, 8, 64, 512)),
+      (bf16, bf16_operands(1, 4096, 32, 8, 128, 4096)),
+      (bf16, bf16_operands(2, 300, 8, 8, 64, 500)),
     ],
     tmp_path,
   )
-  assert len(reports) == 6
+  assert len(reports) == 8
   for report in reports:
     assert report.spilled_bytes == 0 and not report.serialised_wgmma
   # The second splits sequences, with two parts to an item: were the compiler
@@ -288,3 +321,26 @@ def test_interpreted_prefill_moves_peaks(chunk, monkeypatch):
     ),
     ctas=1,
   )
+
+
+@pytest.mark.parametrize("start, count", [(136, 120), (0, 3), (250, 20)])
+def test_interpreted_prefill_bf16(start, count):
+  """One CTA: the interpreter takes accumulators of several for one."""
+  mosaic_interpreter = interpreter()
+  q = random((1, 120, 1, 64), 2, -3, 3, BF16)
+  k, v = (random((1, 1, 276, 64), seed, -1, 1, BF16) for seed in (3, 4))
+  rows = jnp.array([start], jnp.int32), jnp.array([count], jnp.int32)
+  by_token = lambda x: jnp.swapaxes(x, 1, 2)
+  want = attention(
+    q,
+    None,
+    KeyValues(k=by_token(k), v=by_token(v)),
+    starts=rows[0],
+    counts=rows[1],
+    out_dtype=BF16,
+  )
+  with mosaic_interpreter.interpret() as races:
+    got = prefill_bf16.prefill_attention(q, k, v, *rows)
+    assert not races()
+  assert close(got, want, 1e-2)
+  assert not np.asarray(got, np.float32)[0, count:].any()
