@@ -12,7 +12,13 @@ import jax.numpy as jnp
 from absl import flags
 
 from benchmarks import decode
-from benchmarks.common import cache_config, device_us, isolated
+from benchmarks.common import (
+  attention_shapes,
+  cache_config,
+  define_attention_flags,
+  device_us,
+  isolated,
+)
 from fireq_jax.config import KVFormat
 from fireq_jax.kv_cache import init_cache
 from fireq_jax.pallas import reference_attention
@@ -20,25 +26,16 @@ from fireq_jax.pallas.rope_append import rope_append
 
 
 def define_flags(values: flags.FlagValues) -> None:
-  flags.DEFINE_list(
-    "sizes",
+  define_attention_flags(
+    values,
     ["1x1", "16x1", "128x1", "256x1", "1x4096", "16x1024", "16x4096"],
     "Batch x new tokens of the rows.",
-    flag_values=values,
-  )
-  flags.DEFINE_integer("q_heads", 32, "Query heads.", flag_values=values)
-  flags.DEFINE_integer("kv_heads", 8, "Kv heads.", flag_values=values)
-  flags.DEFINE_integer("head_dim", 128, "Head dim.", flag_values=values)
-  flags.DEFINE_integer(
-    "timeout", 120, "Seconds a measurement may take.", flag_values=values
   )
 
 
 def run(values: flags.FlagValues) -> Iterable[dict]:
-  heads = (values.q_heads, values.kv_heads, values.head_dim)
   copy = isolated(decode.copy_tbps, timeout_s=values.timeout)
-  for size in values.sizes:
-    shape = (*map(int, size.split("x")), *heads)
+  for shape in attention_shapes(values):
     for factors in (False, True):
       row = isolated(_measure, *shape, factors, timeout_s=values.timeout)
       row["floor_us"] = row["bytes"] / copy * 1e-6

@@ -227,6 +227,31 @@ def device_us(
   return 1e3 * statistics.median(sums)
 
 
+def define_attention_flags(
+  values: flags.FlagValues, sizes: Sequence[str], meaning: str
+) -> None:
+  """The flags of the benchmarks of attention and its cache."""
+  flags.DEFINE_list("sizes", list(sizes), meaning, flag_values=values)
+  flags.DEFINE_integer("q_heads", 32, "Query heads.", flag_values=values)
+  flags.DEFINE_integer("kv_heads", 8, "Kv heads.", flag_values=values)
+  flags.DEFINE_integer("head_dim", 128, "Head dim.", flag_values=values)
+  flags.DEFINE_integer(
+    "timeout", 120, "Seconds a measurement may take.", flag_values=values
+  )
+
+
+def attention_shapes(
+  values: flags.FlagValues,
+) -> list[tuple[int, int, int, int, int]]:
+  """Batch, tokens, query heads, kv heads and head_dim of the rows asked for."""
+  shapes = []
+  for size in values.sizes:
+    batch, tokens = map(int, size.split("x"))
+    heads = (values.q_heads, values.kv_heads, values.head_dim)
+    shapes.append((batch, tokens, *heads))
+  return shapes
+
+
 def cache_config(
   q_heads: int, kv_heads: int, head_dim: int, tokens: int
 ) -> LlamaConfig:

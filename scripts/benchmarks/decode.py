@@ -11,32 +11,28 @@ import jax.numpy as jnp
 from absl import flags
 
 from benchmarks import attention_peers
-from benchmarks.common import device_us, isolated
+from benchmarks.common import (
+  attention_shapes,
+  define_attention_flags,
+  device_us,
+  isolated,
+)
 from fireq_jax.pallas import kv_layout
 from fireq_jax.pallas.decode_attention import decode_attention
 from fireq_jax.qtensor import quantize_e4m3
 
 
 def define_flags(values: flags.FlagValues) -> None:
-  flags.DEFINE_list(
-    "sizes",
+  define_attention_flags(
+    values,
     ["64x8192", "64x32768", "16x8192", "1x8192", "1x65536", "1x131072"],
     "Batch x context of the rows.",
-    flag_values=values,
-  )
-  flags.DEFINE_integer("q_heads", 32, "Query heads.", flag_values=values)
-  flags.DEFINE_integer("kv_heads", 8, "Kv heads.", flag_values=values)
-  flags.DEFINE_integer("head_dim", 128, "Head dim.", flag_values=values)
-  flags.DEFINE_integer(
-    "timeout", 120, "Seconds a measurement may take.", flag_values=values
   )
 
 
 def run(values: flags.FlagValues) -> Iterable[dict]:
-  heads = (values.q_heads, values.kv_heads, values.head_dim)
   copy = isolated(copy_tbps, timeout_s=values.timeout)
-  for size in values.sizes:
-    shape = (*map(int, size.split("x")), *heads)
+  for shape in attention_shapes(values):
     row = isolated(_measure, *shape, timeout_s=values.timeout)
     bf16_bytes = 2 * 2 * shape[0] * shape[1] * shape[3] * shape[4]
     row["copy_tbps"] = copy

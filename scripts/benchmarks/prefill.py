@@ -13,7 +13,13 @@ import jax.numpy as jnp
 from absl import flags
 
 from benchmarks import attention_peers
-from benchmarks.common import cache_config, device_us, isolated
+from benchmarks.common import (
+  attention_shapes,
+  cache_config,
+  define_attention_flags,
+  device_us,
+  isolated,
+)
 from fireq_jax import kv_cache
 from fireq_jax.attention import attention
 from fireq_jax.config import KVFormat
@@ -24,24 +30,15 @@ from fireq_jax.qtensor import quantize_e4m3
 
 
 def define_flags(values: flags.FlagValues) -> None:
-  flags.DEFINE_list(
-    "sizes",
+  define_attention_flags(
+    values,
     ["1x1024", "1x4096", "1x8192", "1x16384", "16x1024"],
     "Batch x tokens of the rows.",
-    flag_values=values,
-  )
-  flags.DEFINE_integer("q_heads", 32, "Query heads.", flag_values=values)
-  flags.DEFINE_integer("kv_heads", 8, "Kv heads.", flag_values=values)
-  flags.DEFINE_integer("head_dim", 128, "Head dim.", flag_values=values)
-  flags.DEFINE_integer(
-    "timeout", 120, "Seconds a measurement may take.", flag_values=values
   )
 
 
 def run(values: flags.FlagValues) -> Iterable[dict]:
-  heads = (values.q_heads, values.kv_heads, values.head_dim)
-  for size in values.sizes:
-    shape = (*map(int, size.split("x")), *heads)
+  for shape in attention_shapes(values):
     row = isolated(_measure, *shape, timeout_s=values.timeout)
     row["baselines"] = attention_peers.measure(
       *shape, new_tokens=shape[1], timeout_s=values.timeout
