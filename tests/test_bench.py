@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -85,6 +86,21 @@ def test_isolated():
     common.isolated(divmod, 7, 0, timeout_s=60)
   with pytest.raises(ResourceError, match="longer than 1 s"):
     common.isolated(time.sleep, 1000, timeout_s=1)
+
+
+def test_measurements_take_turns():
+  entered = threading.Event()
+
+  def measure():
+    with common.turn():
+      entered.set()
+
+  other = threading.Thread(target=measure)
+  with common.turn():
+    other.start()
+    assert not entered.wait(0.5)
+  assert entered.wait(60)
+  other.join()
 
 
 def test_layer_and_ffn_measure_what_they_say(monkeypatch):

@@ -6,12 +6,16 @@ A benchmark is a module with
   plot(rows, axes)            optional: draws the rows on matplotlib axes.
 """
 
+import contextlib
 import datetime
+import fcntl
 import json
 import multiprocessing
+import os
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -187,6 +191,18 @@ def _send_result(sender, function, args, kwargs) -> None:
   sender.send(result)
 
 
+@contextlib.contextmanager
+def turn() -> Iterator[None]:
+  """Waits until no other process of the user's measures, and then keeps others.
+
+  So benchmarks can compile side by side, which takes longer than measuring.
+  """
+  name = f"fireq_jax_bench_{os.getuid()}.lock"
+  with open(Path(tempfile.gettempdir(), name), "w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
 def device_us(
   function: Callable[..., Any],
   operand_sets: Sequence[tuple],
@@ -215,11 +231,12 @@ def device_us(
   wait = lambda: sync() if sync else jax.block_until_ready(out)
   wait()
   calls = max(repeats, 2 * len(operand_sets))
-  cupti._cupti_init()
-  for i in range(calls):
-    out[0] = call(*operand_sets[i % len(operand_sets)])
-  wait()
-  kernels = [ms for _, ms in cupti._cupti_get_timings(True)]
+  with turn():
+    cupti._cupti_init()
+    for i in range(calls):
+      out[0] = call(*operand_sets[i % len(operand_sets)])
+    wait()
+    kernels = [ms for _, ms in cupti._cupti_get_timings(True)]
   if not kernels:
     raise ResourceError("the profiler saw no kernel")
   each = len(kernels) // calls

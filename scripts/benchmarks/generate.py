@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from benchmarks.common import isolated
+from benchmarks.common import isolated, turn
 from fireq_jax import kv_cache
 from fireq_jax import recipe as recipes
 from fireq_jax.config import GenerateConfig, LlamaConfig, RopeConfig
@@ -218,13 +218,16 @@ class _Run:
   def seconds(self, max_new_tokens: int, repeats: int = 3) -> float:
     """Median seconds of a call, compiled before."""
     self.call(max_new_tokens)
-    return float(np.median([self.call(max_new_tokens) for _ in range(repeats)]))
+    with turn():
+      samples = [self.call(max_new_tokens) for _ in range(repeats)]
+    return float(np.median(samples))
 
   def step_seconds(self, repeats: int = 5) -> float:
     """Median of a step, by pairs of calls made one after the other."""
     calls = lambda: (self.call(FEW), self.call(MANY))
     calls()  # compile
-    pairs = [calls() for _ in range(repeats)]
+    with turn():
+      pairs = [calls() for _ in range(repeats)]
     return float(np.median([(b - a) / (MANY - FEW) for a, b in pairs]))
 
   def call(self, max_new_tokens: int) -> float:
