@@ -1,9 +1,9 @@
 """From the parameters of a checkpoint to those that run fast.
 
 Projections of one input become one, `self_attn/qkv_proj` and
-`mlp/gate_up_proj`, and INT4 weights, a quantised `lm_head` among them, go to
-the order the kernels read.
-Float projections and an e4m3 `lm_head` stay as they are. Execution parameters are never stored.
+`mlp/gate_up_proj`, and INT4 weights, an INT4 `lm_head` among them, go to the
+order the kernels read. Float projections and an e4m3 `lm_head` stay as they
+are. Execution parameters are never stored.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """A quantised layer, trained to give what the float layer gives.
 
-GPTQ looks at one projection at a time and takes the error of activations,
+A solver looks at one projection at a time and takes the error of activations,
 keys and values as given. Here all that is stored of a decoder layer moves at
 once, by gradient descent on the error of the layer's output with everything
 rounded as at run time: weights, activations, queries, keys, values and
@@ -38,7 +38,8 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 _KEYS = ("key_scale", "key_shift")
 # Weights start this far from their code's value on the way to the float weight,
 # or to the border of the code's cell if that is beyond: from the border the
-# first steps would undo GPTQ, and from the value all codes change at once.
+# first steps would undo what the solver chose, and from the value all codes
+# change at once.
 _START = 0.6
 # What a relative offset of key_shift is relative to: the size of fitted keys.
 _KEY_SIZE = 8.0

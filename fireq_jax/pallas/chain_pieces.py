@@ -15,74 +15,23 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from fireq_jax.pallas import dequant
-from fireq_jax.pallas.inline import array, elements, i32, vector
+from fireq_jax.pallas.inline import (
+  array,
+  elements,
+  fixed_assembly,
+  global_address,
+  i32,
+  shared_address,
+  vector,
+)
 from fireq_jax.pallas.layouts import Encoding
 
 SWIZZLED = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
-_THREADS = 512  # of all consumers
-_BARRIER = 15  # a named barrier that Mosaic leaves alone
 _WARP_AND_LANE = """
     .reg .b32 i, w, l;
     mov.u32 i, %tid.x;
     bfe.u32 w, i, 5, 2;
     and.b32 l, i, 31;"""
-
-
-def consumers_barrier() -> None:
-  """Waits for the threads of all consumers."""
-
-  def emit(_):
-    _run(f"bar.sync {_BARRIER}, {_THREADS};")
-
-  plgpu.inline_mgpu()(emit)()
-
-
-def grid_barrier(counters: Any, arrivals: int) -> None:
-  """Waits until the consumers of `arrivals` CTAs have been here.
-
-  What they wrote to global memory before is visible after.
-  """
-
-  def emit(_, counters):
-    text = f"""{{
-    .reg .pred p;
-    .reg .b32 i, n;
-    bar.sync {_BARRIER}, {_THREADS};
-    mov.u32 i, %tid.x;
-    setp.ne.u32 p, i, 0;
-    @p bra JOIN;
-    red.release.gpu.global.add.u32 [$0], 1;
-    WAIT:
-    ld.acquire.gpu.global.u32 n, [$0];
-    setp.lt.u32 p, n, {arrivals};
-    @p bra WAIT;
-    JOIN:
-    bar.sync {_BARRIER}, {_THREADS};
-    }}"""
-    _run(text, [_global(counters)], "l")
-
-  plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(emit)(counters)
-
-
-def leave(counters: Any, ctas: int) -> None:
-  """Sets the counters to zero once the last CTA has passed every barrier."""
-
-  def emit(_, counters):
-    text = f"""{{
-    .reg .pred p;
-    .reg .b32 i, n;
-    mov.u32 i, %tid.x;
-    setp.ne.u32 p, i, 0;
-    @p bra DONE;
-    atom.acq_rel.gpu.global.add.u32 n, [$0 + 4], 1;
-    setp.ne.u32 p, n, {ctas - 1};
-    @p bra DONE;
-    st.global.v2.u32 [$0], {{0, 0}};
-    DONE:
-    }}"""
-    _run(text, [_global(counters)], "l")
-
-  plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(emit)(counters)
 
 
 def load_blocks(
@@ -115,7 +64,7 @@ def load_blocks(
     }}"""
 
   def emit(_, ref, first):
-    operands = [_global(ref), *first.registers.flat]
+    operands = [global_address(ref), *first.registers.flat]
     words = vector(_run_words(2, text, operands, "l,r"))
     quad = ir.VectorType.get((4,), ir.BF16Type.get())
     registers = np.empty(layout.to_mgpu().registers_shape((4, 128)), object)
@@ -155,7 +104,7 @@ def load_weights(codes: Any, scale: Any) -> list[jax.Array]:
     }}"""
 
   def emit(_, codes, scale):
-    operands = [_shared(codes), _shared(scale)]
+    operands = [shared_address(codes), shared_address(scale)]
     return [*map(_one_a_thread, _run_words(10, text, operands, "r,r"))]
 
   struct = plgpu.ShapeDtypeStruct((128,), jnp.int32, _ONE_A_THREAD)
@@ -251,7 +200,7 @@ def store_activations(
     [register] = codes.registers.flat
     quad = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
     word = mgpu.utils.bitcast(mgpu.utils.bitcast(register, quad), i32())
-    _run(text, [_shared(target), word], "r,r")
+    fixed_assembly(text, [shared_address(target), word], "r,r")
 
   plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType(SWIZZLED)))(emit)(
     codes, target
@@ -304,7 +253,9 @@ def store_sums(acc: jax.Array, target: Any, padded: int) -> None:
   def emit(_, acc, target):
     values = [v for register in acc.registers.flat for v in elements(register)]
     bits = [mgpu.utils.bitcast(value, i32()) for value in values]
-    _run(text, [_shared(target), *bits], "r" + ",r" * len(bits))
+    fixed_assembly(
+      text, [shared_address(target), *bits], "r" + ",r" * len(bits)
+    )
 
   plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))(emit)(
     plgpu.layout_cast(acc, plgpu.Layout.WGMMA), target
@@ -354,7 +305,7 @@ def fetch(
     }}"""
 
   def emit(_, row, *refs):
-    operands = [*row.registers.flat, *map(_global, refs)]
+    operands = [*row.registers.flat, *map(global_address, refs)]
     values = _run_words(count, text, operands, "r" + ",l" * len(refs))
     f32 = ir.F32Type.get()
     return [_one_a_thread(mgpu.utils.bitcast(x, f32)) for x in values]
@@ -451,8 +402,14 @@ def finish(
   def emit(_, sums, a_scale, row, out, *fetched):
     [row] = row.registers.flat
     values = [elements(x.registers[0])[0] for x in fetched]
-    operands = [_shared(sums), _shared(a_scale), row, _global(out), *values]
-    _run(text, operands, "r,r,r,l" + ",f" * len(values))
+    operands = [
+      shared_address(sums),
+      shared_address(a_scale),
+      row,
+      global_address(out),
+      *values,
+    ]
+    fixed_assembly(text, operands, "r,r,r,l" + ",f" * len(values))
 
   ref = plgpu.RefType()
   layouts = [_ONE_A_THREAD] * len(fetched)
@@ -475,34 +432,11 @@ def _one_a_thread(value: Any) -> mgpu.FragmentedArray:
   )
 
 
-def _run(
-  text: str, operands: Any = (), inputs: str = "", result: Any = None
-) -> Any:
-  """PTX that must stay where it is."""
-  constraints = inputs + ("," if inputs else "") + "~{memory}"
-  return llvm.inline_asm(
-    result or ir.Type.parse("!llvm.void"),
-    list(operands),
-    text,
-    constraints,
-    has_side_effects=True,
-  )
-
-
 def _run_words(count: int, text: str, operands: Any, inputs: str) -> list:
-  """The same with `count` i32 results, $0 and so on."""
+  """`fixed_assembly` with `count` i32 results, $0 and so on."""
   words = ", ".join(["i32"] * count)
   kind = ir.Type.parse(f"!llvm.struct<({words})>") if count > 1 else i32()
-  result = _run(text, operands, "=&r," * count + inputs, kind)
+  result = fixed_assembly(text, operands, "=&r," * count + inputs, kind)
   if count == 1:
     return [result]
   return [llvm.extractvalue(i32(), result, (i,)) for i in range(count)]
-
-
-def _shared(ref: Any) -> Any:
-  return llvm.ptrtoint(i32(), mgpu.utils.memref_ptr(ref))
-
-
-def _global(ref: Any) -> Any:
-  i64 = ir.IntegerType.get_signless(64)
-  return llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))

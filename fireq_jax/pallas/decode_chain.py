@@ -43,6 +43,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fireq_jax.pallas import chain_pieces as pieces
+from fireq_jax.pallas import grid
 from fireq_jax.pallas.device import one_by_one
 from fireq_jax.pallas.inline import divide, fence_async_proxy, load
 from fireq_jax.pallas.layouts import BLOCK, Encoding, PackedInt4
@@ -293,12 +294,12 @@ def _call(x, a, stages, counters, *, eps):
       done = jnp.int32(0), jnp.int32(0)
       for i, stage in enumerate(plan):
         if i:
-          wait = lambda i=i: pieces.grid_barrier(counters_gmem, i * CTAS)
+          wait = lambda i=i: grid.grid_barrier(counters_gmem, i * CTAS)
         else:
           wait = lambda: None
         quantize(stage, wg, wait, **smem)
         done = consume(stage, *done)
-      pieces.leave(counters_gmem, CTAS)
+      grid.leave(counters_gmem, CTAS)
 
   def quantize(stage, wg, wait, *, a, a_scale, squares, peaks, **_):
     """Writes the e4m3 codes of this consumer's channels, and the scales.
@@ -340,7 +341,7 @@ def _call(x, a, stages, counters, *, eps):
           squares.at[t, mine][...] = jnp.sum(sum(v * v for v in x), axis=1)
         peak = functools.reduce(jnp.maximum, map(jnp.abs, scaled(x)))
         peaks.at[t, mine][...] = jnp.max(peak, axis=1)
-    pieces.consumers_barrier()
+    grid.consumers_barrier()
     for t in range(tokens):
       if t not in held:
         held = {t: loaded(t) for t in rows(t)}

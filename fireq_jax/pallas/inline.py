@@ -131,6 +131,31 @@ def assembly(result: Any, operands: list, text: str, constraints: str) -> Any:
   return llvm.inline_asm(result, operands, text, constraints)
 
 
+def fixed_assembly(
+  text: str, operands: Any = (), inputs: str = "", result: Any = None
+) -> Any:
+  """PTX that must stay where it is."""
+  constraints = inputs + ("," if inputs else "") + "~{memory}"
+  return llvm.inline_asm(
+    result or ir.Type.parse("!llvm.void"),
+    list(operands),
+    text,
+    constraints,
+    has_side_effects=True,
+  )
+
+
+def shared_address(ref: Any) -> Any:
+  """Of shared memory, 32 bits."""
+  return llvm.ptrtoint(i32(), mgpu.utils.memref_ptr(ref))
+
+
+def global_address(ref: Any) -> Any:
+  """Of global memory, 64 bits."""
+  i64 = ir.IntegerType.get_signless(64)
+  return llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
+
+
 def elements(register: Any) -> list:
   """The elements of a register of a `FragmentedArray`, which is a vector."""
   n = ir.VectorType(register.type).shape[0]

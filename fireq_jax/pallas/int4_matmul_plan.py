@@ -1,4 +1,4 @@
-"""The plan of `int4_matmul_kernel`: its static shape and the memory it needs."""
+"""The plan of `int4_matmul_kernel`: its static shape and the memory it takes."""
 
 import math
 

@@ -9,9 +9,9 @@ dtype e4m3 (k and v hold INT4 codes, which e4m3 represents exactly):
 
 Both scales and the peak take two multiply-adds an element, in exponents of 2,
 (qk * k_scale - peak) * q_scale + log2(v_scale). 1 / v_scale is two more rows of
-v, so tensor cores sum rows, of the same rounded p. The peak need not be the
-maximum: it moves only where p would not fit e4m3. A row sees tokens up to its
-own, the last row the last token, so that a prefill can continue a cache.
+v (four times over), so tensor cores sum the same rounded p. The peak need not
+be the maximum: it moves only where p would not fit e4m3. A row sees tokens up
+to its own, the last row the last token, so that a prefill can continue a cache.
 
 Who does what in a persistent CTA, each consumer with 64 rows of its own; t is a
 tile of kv tokens, taken in order:
@@ -47,7 +47,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fireq_jax.config import check
 from fireq_jax.pallas import prefill_fragments as fragments
-from fireq_jax.pallas.inline import fence_async_proxy, load
+from fireq_jax.pallas.inline import fence_async_proxy, load, swizzled
 from fireq_jax.pallas.kv_layout import WEIGHT_ROWS
 
 _L = plgpu.Layout
@@ -82,14 +82,6 @@ class Tuning:
 
 def _iota(shape, axis, layout):
   return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
-
-
-def _transforms(bits, minor):
-  swizzle = plgpu.find_swizzle(minor * bits)
-  return (
-    plgpu.TilingTransform((8, swizzle * 8 // bits)),
-    plgpu.SwizzleTransform(swizzle),
-  )
 
 
 def prefill_attention(
@@ -181,8 +173,8 @@ def _kernel(
     q_gmem, qs_gmem, k_gmem, v_gmem, weights_gmem, scales_gmem, unit_gmem,
     ql_gmem, kl_gmem, o_gmem,
     *,
-    q_smem, k_smem, v_smem, scales_smem, sums_smem, o_smem, q_full, q_empty, k_full,
-    k_empty, v_full, v_empty, turn,
+    q_smem, k_smem, v_smem, scales_smem, sums_smem, o_smem, q_full, q_empty,
+    k_full, k_empty, v_full, v_empty, turn,
   ):  # fmt: skip
     wg = lax.axis_index("wg")
     cta = lax.axis_index("cta")
@@ -456,16 +448,12 @@ def _kernel(
     num_threads=3,
     thread_name="wg",
     scratch_types=dict(
-      q_smem=plgpu.SMEM((2, 64, h), _F8, transforms=_transforms(8, h)),
-      k_smem=plgpu.SMEM((stages, bk, h), _F8, transforms=_transforms(8, h)),
-      v_smem=plgpu.SMEM(
-        (stages, h + WEIGHT_ROWS, bk), _F8, transforms=_transforms(8, bk)
-      ),
+      q_smem=swizzled((2, 64, h), _F8),
+      k_smem=swizzled((stages, bk, h), _F8),
+      v_smem=swizzled((stages, h + WEIGHT_ROWS, bk), _F8),
       scales_smem=plgpu.SMEM((stages, bk // 2, 4), jnp.float32),
       sums_smem=plgpu.SMEM((2, 64, h + WEIGHT_ROWS), jnp.float32),
-      o_smem=plgpu.SMEM(
-        (2, 64, h), jnp.bfloat16, transforms=_transforms(16, h)
-      ),
+      o_smem=swizzled((2, 64, h), jnp.bfloat16),
       q_full=plgpu.Barrier(num_arrivals=2),
       q_empty=plgpu.Barrier(num_arrivals=2),
       k_full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),

@@ -13,7 +13,7 @@ tokens, taken in order:
 The two consumers take turns: one's exponentials run while the tensor core works
 for the other.
 
-`attention` does not choose it yet: it has been interpreted and compiled, and not
+`attention` does not choose it yet: it has been interpreted and compiled, but not
 run on a GPU.
 """
 

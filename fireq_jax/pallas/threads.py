@@ -21,7 +21,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, scf
 
-from fireq_jax.pallas.inline import assembly, i32
+from fireq_jax.pallas.inline import (
+  assembly,
+  fixed_assembly,
+  global_address,
+  i32,
+)
 
 BLOCK = 128  # threads of a CTA
 WARP = 32
@@ -155,9 +160,7 @@ class Threads:
 
   def fence(self) -> None:
     """Orders a thread's accesses to memory before it with those after it."""
-    llvm.inline_asm(
-      None, [], "fence.acq_rel.gpu;", "~{memory}", has_side_effects=True
-    )
+    fixed_assembly("fence.acq_rel.gpu;")
 
   def arrive(self, counter: Register, counters: int, of: int) -> Register:
     """Counts the warps that come to one of `counters` counters.
@@ -177,14 +180,8 @@ class Threads:
       f" @p atom.global.acq_rel.gpu.inc.u32 $0, [a], {of - 1};"
       " shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff; }"
     )
-    out = llvm.inline_asm(
-      i32(),
-      [counter.value, self.lane.value],
-      text,
-      "=&r,r,r,~{memory}",
-      has_side_effects=True,
-    )
-    return Register(out)
+    operands = [counter.value, self.lane.value]
+    return Register(fixed_assembly(text, operands, "=&r,r,r", i32()))
 
   @contextlib.contextmanager
   def when(self, condition: Register) -> Iterator[None]:
@@ -328,9 +325,8 @@ def _address(ref, index):
   """The address of element `index` of a reference that is contiguous."""
   i64 = ir.IntegerType.get_signless(64)
   width = mgpu.utils.bitwidth(ir.MemRefType(ref.type).element_type) // 8
-  base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
   index = (
     index.value if isinstance(index, Register) else _constant(index, i32())
   )
   offset = arith.muli(arith.extui(i64, index), _constant(width, i64))
-  return arith.addi(base, offset)
+  return arith.addi(global_address(ref), offset)
