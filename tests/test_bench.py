@@ -195,7 +195,9 @@ def test_kernels_agree_as_plain_jax_agrees_with_itself():
   for row in agreement.compare(model, windows):
     assert 1 - row["top1"] < 1.3 * (1 - row["control_top1"]) + 0.01
     assert row["kl"] < 1.3 * row["reference_kl"]
-    assert abs(row["ppl_change"]) < 0.01
+    # Half a percent, and what noise alone does to so short a text.
+    noise = abs(row["control_ppl_change"])
+    assert abs(row["ppl_change"]) < 0.005 + noise
 
 
 @pytest.mark.parametrize(
