@@ -358,8 +358,8 @@ def test_interrupted_processes_leave_nothing_partial(source, calib, tmp_path):
     child.stdout.readline()  # the plan: signals are handled from here on
     time.sleep(rng.uniform(0, 3))
     child.send_signal(number)
-    child.communicate(timeout=300)
-    assert child.returncode in (0, code)
+    said = child.communicate(timeout=300)
+    assert child.returncode in (0, code), (number, child.returncode, said)
     if out.exists():
       checkpoint.inspect(out, verify=True)
       shutil.rmtree(out)
