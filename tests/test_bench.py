@@ -119,9 +119,12 @@ def test_layer_and_ffn_measure_what_they_say(monkeypatch):
   assert row["us"] == row["baselines"]["xla_bf16"] == 2000
   assert row["tflops"] == 3 * 2 * 3 * hidden * width / 2000 / 1e6
 
-  few_and_many = iter([60.0, 100.0])
+  # Kernels of a step, 5 us each; a layer has four.
+  few_and_many = iter([12, 20])
   monkeypatch.setattr(
-    common, "device_us", lambda loop, sets: layer.STEPS * next(few_and_many)
+    common,
+    "kernel_times",
+    lambda loop, sets: 3 * [layer.STEPS * next(few_and_many) * [("k", 5.0)]],
   )
   row = layer.measure("tiny", "fireq", 2, 1, 32)
   assert row["us"] == 20
@@ -131,7 +134,7 @@ def test_layer_and_ffn_measure_what_they_say(monkeypatch):
   cache = 2 * 32 * 2 * (128 // 2 + 1)
   floor = (codes + cache) / generate.COPY_BYTES_PER_SECOND * 1e6
   assert floor < row["byte_floor_us"] < 1.1 * floor
-  assert row["launches"] > 0
+  assert row["launches"] == 4
 
 
 def test_generate_times_calls_and_counts_bytes(monkeypatch):
@@ -254,15 +257,3 @@ def test_plots(name, rows, tmp_path):
   draw = lambda rows, figure: module.plot(rows, figure.subplots())
   common.save_plot(draw, rows, tmp_path / "plot.png", name)
   assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_launches_are_counted():
-  from benchmarks.layer import launches
-
-  text = """
-  %a = f32[2]{0} fusion(%p), kind=kLoop, calls=%fused
-  %b = (f32[2]{0}, s32[]) custom-call(%a), custom_call_target="x"
-  %c = f32[2]{0} copy(%a)
-  %d = f32[2]{0} bitcast(%c)
-  """
-  assert launches(text) == 3

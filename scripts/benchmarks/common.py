@@ -212,6 +212,21 @@ def device_us(
 ) -> float:
   """Median time of the kernels of one `function(*operands)`, in microseconds.
 
+  Arguments are those of `kernel_times`.
+  """
+  calls = kernel_times(function, operand_sets, repeats=repeats, sync=sync)
+  return statistics.median(sum(us for _, us in call) for call in calls)
+
+
+def kernel_times(
+  function: Callable[..., Any],
+  operand_sets: Sequence[tuple],
+  *,
+  repeats: int = 24,
+  sync: Callable[[], None] | None = None,
+) -> list[list[tuple[str, float]]]:
+  """Name and microseconds of each kernel of each call, in order.
+
   Read by CUPTI, so without the gaps between kernels. The sets are used in turn:
   pass such that together exceed the L2 (200 MB is ample) to measure from
   memory. `jax.experimental.mosaic.gpu.profiler` measures like this, but with
@@ -236,12 +251,11 @@ def device_us(
     for i in range(calls):
       out[0] = call(*operand_sets[i % len(operand_sets)])
     wait()
-    kernels = [ms for _, ms in cupti._cupti_get_timings(True)]
+    kernels = [(name, 1e3 * ms) for name, ms in cupti._cupti_get_timings(True)]
   if not kernels:
     raise ResourceError("the profiler saw no kernel")
   each = len(kernels) // calls
-  sums = [sum(kernels[i * each : (i + 1) * each]) for i in range(calls)]
-  return 1e3 * statistics.median(sums)
+  return [kernels[i * each : (i + 1) * each] for i in range(calls)]
 
 
 def define_attention_flags(
