@@ -96,8 +96,7 @@ def save(
   }
   _same_leaves(described, _expected(config, recipe), target)
   with _disk_errors(target), atomic.staging(target) as folder:
-    with _lean_context():
-      ocp.save(str(folder), _nest(leaves))
+    _in_a_thread(_store, folder, leaves)
     for file in source.side_files:
       shutil.copyfile(file, folder / file.name)
     manifest = Manifest(
@@ -239,16 +238,27 @@ def leaf_paths(tree: Params) -> dict[str, Any]:
 _DAMAGED = "the checkpoint is damaged: make it again or copy it again"
 
 
-def _lean_context() -> ocp.Context:
-  """Orbax settings that write arrays from where they are.
+def _store(folder: Path, leaves: Mapping[str, np.ndarray]) -> None:
+  """Lets orbax write arrays from where they are.
 
-  By default orbax copies the model and holds it once more, compressed, which
+  By default it copies the model and holds it once more, compressed, which
   INT4 codes are already.
   """
   context = ocp.Context()
   context.memory.deepcopy_host_arrays = False
   context.array.saving.use_compression = False
-  return context
+  with context:
+    ocp.save(str(folder), _nest(leaves))
+
+
+def _in_a_thread(function: Callable[..., Any], *args: Any) -> Any:
+  """Returns `function(*args)`, waiting for its end even when interrupted.
+
+  What a signal's handler raises, it raises in the main thread. Orbax would
+  swallow it there, and goes on writing in threads of its own after it.
+  """
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    return pool.submit(function, *args).result()
 
 
 def _absolute(path: str | os.PathLike) -> Path:
@@ -409,7 +419,7 @@ def _stored_metadata(folder: Path) -> Any:
 def _guarded(folder: Path, read: Callable[..., Any], *args: Any) -> Any:
   """Returns `read(folder, *args)`; what orbax raises becomes one error."""
   try:
-    return read(folder, *args)
+    return _in_a_thread(read, folder, *args)
   except (MemoryError, CheckpointError):
     raise
   except Exception as error:

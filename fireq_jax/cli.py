@@ -37,12 +37,13 @@ def run(
     "debug", False, "Print the traceback of an error.", flag_values=values
   )
   define_flags(values)
+  signals: list[int] = []
   try:
     if {"-h", "--help", "-help"} & set(argv[1:]):
       print(f"{inspect.getdoc(inspect.getmodule(body))}\n\nFlags:")
       print(values.get_help().split("\nabsl.flags:")[0], flush=True)
       return 0
-    with _terminate_as_exception(), _one_line_warnings():
+    with _signals_as_exceptions(signals), _one_line_warnings():
       _parse(argv, values)
       body(values)
       sys.stdout.flush()
@@ -50,12 +51,11 @@ def run(
   except BrokenPipeError:  # the reader left, as in `... | head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
-  except KeyboardInterrupt:
-    print("interrupted", file=sys.stderr)
-    return 130
-  except SystemExit as exit_:
-    return int(exit_.code or 0)
   except BaseException as error:
+    # A library may have made another exception of the interrupt.
+    if signals or isinstance(error, KeyboardInterrupt):
+      print("interrupted", file=sys.stderr)
+      return 128 + (signals or [signal.SIGINT])[0]
     known = _as_user_error(error)
     if known is None or "--debug" in argv:
       traceback.print_exc()
@@ -115,17 +115,24 @@ def _one_line_warnings() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _terminate_as_exception() -> Iterator[None]:
-  """Lets SIGTERM unwind the stack, so that temporary files are removed."""
+def _signals_as_exceptions(received: list[int]) -> Iterator[None]:
+  """Lets SIGINT and SIGTERM unwind the stack, so that temporary files go.
+
+  Args:
+    received: gets the number of every signal that comes.
+  """
   if threading.current_thread() is not threading.main_thread():
     yield
     return
 
-  def stop(signum, frame):
-    raise SystemExit(128 + signum)
+  def stop(number, frame):
+    received.append(number)
+    raise KeyboardInterrupt
 
-  before = signal.signal(signal.SIGTERM, stop)
+  numbers = (signal.SIGINT, signal.SIGTERM)
+  before = [signal.signal(number, stop) for number in numbers]
   try:
     yield
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in zip(numbers, before):
+      signal.signal(number, handler)

@@ -300,6 +300,38 @@ def test_what_happens_midway(
   assert digests(tmp_path) == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+  "module, name",
+  [
+    (pipeline, "quantize_model"),
+    (checkpoint.ocp, "save"),
+    (checkpoint.ocp, "metadata"),
+    (checkpoint.ocp, "load"),
+  ],
+)
+def test_a_library_cannot_swallow_a_signal(
+  module, name, number, source, calib, tmp_path, monkeypatch, capsys
+):
+  work = getattr(module, name)
+
+  def swallow(*args, **kwargs):
+    monkeypatch.setattr(module, name, work)
+    try:
+      os.kill(os.getpid(), number)
+      time.sleep(0.1)
+    except BaseException as error:
+      raise RuntimeError("something went wrong") from error
+    return work(*args, **kwargs)
+
+  monkeypatch.setattr(module, name, swallow)
+  before = digests(tmp_path)
+  code = quantize.main(arguments(source, tmp_path / "out", calib))
+  assert code == 128 + number
+  assert capsys.readouterr().err == "interrupted\n"
+  assert digests(tmp_path) == before and not list(tmp_path.glob(".out*"))
+
+
 def test_debug_shows_the_traceback(tmp_path, capsys):
   command = ["inspect_ckpt.py", f"--ckpt={tmp_path}", "--debug"]
   assert inspect_ckpt.main(command) == 2
