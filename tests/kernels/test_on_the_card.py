@@ -162,11 +162,12 @@ def test_neighbours_of_outputs_are_kept(make):
 
 
 def test_prefill_with_not_a_number_ends():
-  """And gives it to no other row."""
+  """And gives it to no other row, which may round otherwise."""
   call, (q, q_scale, *rest) = prefill(160, 1024)
-  clean = jax.jit(call)(q, q_scale, *rest)
+  f32 = lambda x: np.asarray(x).astype(np.float32)
+  clean = f32(jax.jit(call)(q, q_scale, *rest))
   q = q.at[0, 7, 3, 5].set(jnp.nan)
-  got = np.asarray(jax.jit(call)(q, q_scale, *rest)).astype(np.float32)
+  got = f32(jax.jit(call)(q, q_scale, *rest))
   assert np.isnan(got[0, 7, 3]).all()
   got[0, 7, 3] = clean[0, 7, 3]
-  np.testing.assert_array_equal(got, np.asarray(clean).astype(np.float32))
+  np.testing.assert_allclose(got, clean, atol=0.02 * np.abs(clean).max())
