@@ -7,7 +7,7 @@ from fireq_jax import kv_cache
 from fireq_jax.config import Implementation
 from fireq_jax.kv_cache import KeyValues, LayerCache
 from fireq_jax.pallas import decode_attention as decode
-from fireq_jax.pallas import kv_layout, prefill_operands
+from fireq_jax.pallas import kv_layout, prefill_bf16, prefill_operands
 from fireq_jax.pallas import prefill_attention as prefill
 from fireq_jax.pallas.device import require_hopper
 from fireq_jax.qtensor import quantize_e4m3
@@ -97,18 +97,20 @@ def attention(
 def _mosaic_attention(q, q_scale, kv, starts, counts):
   require_hopper()
   k_scale, v_scale = kv.k_scale, kv.v_scale
+  in_cache = isinstance(kv, LayerCache)
+  many = q.shape[1] > decode.MAX_QUERIES
+  if kv.k.dtype == jnp.bfloat16 and many:
+    k, v = (x if in_cache else jnp.swapaxes(x, 1, 2) for x in (kv.k, kv.v))
+    return prefill_bf16.prefill_attention(q, k, v, starts, counts)
   if k_scale is None or v_scale is None or kv.k.dtype == jnp.float8_e4m3fn:
-    raise NotImplementedError(f"the kernels read INT4 keys, not {kv.k.dtype}")
-  if isinstance(kv, LayerCache) and q.shape[1] <= decode.MAX_QUERIES:
+    raise NotImplementedError(f"no kernel for {kv.k.dtype} keys here")
+  if in_cache and not many:
     return decode.decode_attention(
       q, q_scale, kv.k, k_scale, kv.v, v_scale, starts, counts
     )
   if q_scale is None:
-    raise NotImplementedError("prefill needs e4m3 queries")
-  if isinstance(kv, LayerCache):
-    make = prefill_operands.prefill_operands
-  else:
-    make = kv_layout.prefill_operands
+    raise NotImplementedError("prefill of INT4 keys needs e4m3 queries")
+  make = (prefill_operands if in_cache else kv_layout).prefill_operands
   operands = make(kv.k, k_scale, kv.v, v_scale)
   return prefill.prefill_attention(q, q_scale, *operands, starts, counts)
 

@@ -101,9 +101,11 @@ def test_prefill_operands():
   want = np.where(real, np.maximum(v_scale, largest / 1024), largest)
   got = 2 ** scales[..., 2:].reshape(2, 3, 256) * unit[..., None]
   np.testing.assert_allclose(got[..., :130], want.swapaxes(1, 2), rtol=1e-5)
-  weights = weights.reshape(2, 3, 4, 2, 256)
-  np.testing.assert_array_equal(weights, weights[:, :, :1].repeat(4, axis=2))
-  inverse = weights[:, :, 0].sum(2)
+  weights = weights.reshape(2, 3, 4, 2, 64, 4)
+  for pair in range(4):  # each has every fourth token
+    others = np.delete(weights[:, :, pair], pair, axis=-1)
+    np.testing.assert_array_equal(others, 0)
+  inverse = weights.sum((2, 3)).reshape(2, 3, 256)
   np.testing.assert_allclose(
     inverse * got, np.broadcast_to(unit[..., None], got.shape), rtol=2**-8
   )

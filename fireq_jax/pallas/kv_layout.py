@@ -130,8 +130,8 @@ def prefill_operands(
   Returns:
     k: e4m3 [B, K, S, H].
     v: e4m3 [B, K, H, S], tokens of each 16 in `KV_ORDER`.
-    weights: e4m3 [B, K, 8, S], more rows of v. They are four times the same
-      two: 1 / scale, and what rounding took from it.
+    weights: e4m3 [B, K, 8, S], more rows of v: four times 1 / scale and what
+      rounding took from it, each time of every fourth token alone.
     scales: f32 [B, K, S / 2, 4], of two tokens the scales of their keys and
       the log2 of those of their values.
     unit: f32 [B, K].
@@ -171,7 +171,11 @@ def token_operands(
   weight = 1 / v_scale  # at most 448, the largest e4m3
   high = weight.astype(jnp.float8_e4m3fn)
   low = (weight - high.astype(jnp.float32)).astype(jnp.float8_e4m3fn)
-  rows = jnp.stack([high, low] * (WEIGHT_ROWS // 2), axis=2)
+  groups = WEIGHT_ROWS // 2
+  rows = jnp.stack([high, low] * groups, axis=2)
+  of_row = jnp.arange(WEIGHT_ROWS, dtype=jnp.int32)[:, None] // 2
+  of_token = jnp.arange(rows.shape[-1], dtype=jnp.int32) % groups
+  rows = jnp.where(of_row == of_token, rows, jnp.zeros((), rows.dtype))
   pairs = lambda x: x.reshape(*x.shape[:2], -1, 2)
   scales = [pairs(k_scale), pairs(jnp.log2(v_scale))]
   return _in_order(rows), jnp.concatenate(scales, axis=-1), unit[..., 0]

@@ -8,10 +8,10 @@ dtype e4m3 (k and v hold INT4 codes, which e4m3 represents exactly):
   out[r, h]   = sum_s p[r, s] v[s, h] / sum_s p[r, s] / v_scale[s]
 
 Both scales and the peak take two multiply-adds an element, in exponents of 2,
-(qk * k_scale - peak) * q_scale + log2(v_scale). 1 / v_scale is two more rows of
-v (four times over), so tensor cores sum the same rounded p. The peak need not
-be the maximum: it moves only where p would not fit e4m3. A row sees tokens up
-to its own, the last row the last token, so that a prefill can continue a cache.
+(qk * k_scale - peak) * q_scale + log2(v_scale). 1 / v_scale is more rows of v,
+so tensor cores sum the same rounded p. The peak need not be the maximum: it
+moves only where p would not fit e4m3. A row sees tokens up to its own, the last
+row the last token, so that a prefill can continue a cache.
 
 Who does what in a persistent CTA, each consumer with 64 rows of its own; t is a
 tile of kv tokens, taken in order:
@@ -26,9 +26,10 @@ other. A turn ends when exponents are known, when PV is nearly done: where it
 ended with the issue of products, those of both consumers came to be computed at
 the same time, and then both computed exponentials.
 
-FP8 products of Hopper keep 14 bits of a sum, which cuts off most where all terms
-are positive. So denominators are summed in f32 after each tile, numerators
-after each `_CHUNK` tiles, in shared memory.
+FP8 products of Hopper keep 14 bits of a sum, so sums move to f32 in shared
+memory after each `_CHUNK` tokens. Most is cut off where all terms are positive,
+as those of denominators are: each of their four pairs of rows sums a quarter of
+the tokens.
 
 P needs no movement between threads: its accumulator registers are an e4m3 A
 operand if tokens are permuted inside blocks of 16 (`KV_ORDER`), so v is stored
@@ -53,7 +54,7 @@ from fireq_jax.pallas.kv_layout import WEIGHT_ROWS
 _L = plgpu.Layout
 _ROW = _L.WGMMA.reduce(1)
 _F8 = jnp.float8_e4m3fn
-_CHUNK = 8  # tiles whose sums stay in tensor cores, which keep 14 bits
+_CHUNK = 1024  # tokens whose sums stay in tensor cores, which keep 14 bits
 _ROWS = 128  # query rows of an item: 64 a consumer
 
 
@@ -116,10 +117,9 @@ def prefill_attention(
     bf16 [B, T, N, H].
 
   Raises:
-    NotImplementedError: see `unsupported`.
+    NotImplementedError: see `supported`.
   """
-  if reason := unsupported(q, k):
-    raise NotImplementedError(reason)
+  supported(q, k)
   length = q.shape[1]
 
   def pad(x, multiple):
@@ -141,15 +141,19 @@ def prefill_attention(
   return out[:, :length]
 
 
-def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-  """Why the kernel cannot attend with these operands, or None."""
-  if q.shape[-1] not in (64, 128):
-    return f"head_dim {q.shape[-1]} is neither 64 nor 128"
-  if q.dtype != _F8 or k.dtype != _F8:
-    return f"queries are {q.dtype} and keys {k.dtype}, not e4m3"
-  if k.shape[2] % 128:
-    return f"{k.shape[2]} kv tokens are not a multiple of 128"
-  return None
+def supported(q: jax.Array, k: jax.Array) -> None:
+  """Returns if the kernel can run this.
+
+  Raises:
+    NotImplementedError: it cannot, with the reason.
+  """
+  for ok, reason in (
+    (q.shape[-1] in (64, 128), f"head_dim {q.shape[-1]}"),
+    (q.dtype == k.dtype == _F8, f"queries of {q.dtype}, keys of {k.dtype}"),
+    (k.shape[2] % 128 == 0, f"{k.shape[2]} tokens, no multiple of 128"),
+  ):
+    if not ok:
+      raise NotImplementedError(f"this kernel does not handle {reason}")
 
 
 def _kernel(
@@ -164,6 +168,7 @@ def _kernel(
   kv_heads, s = k.shape[1:3]
   group = n // kv_heads
   bk, stages = tuning.block_kv, tuning.stages
+  chunk_tiles = max(_CHUNK // bk, 1)
   tiles = -(-t // _ROWS)
   items = batch * n * tiles
   ctas = min(tuning.ctas, items)
@@ -313,13 +318,11 @@ def _kernel(
               e = fragments.exponents(x, scales, peak, scale)
               plgpu.barrier_arrive(k_empty.at[stage])
               if masked:
-                row_limit = _iota((64,), 0, _ROW) + (first - j * bk)
-                token = _iota(e.shape, 1, _L.WGMMA)
-                e = jnp.where(token <= by_row(row_limit, e), e, -jnp.inf)
+                e = fragments.masked(e, _iota((64,), 0, _ROW) + first - j * bk)
               return e
 
             def body(j, carry, masked):
-              p, peak, total = carry
+              p, peak = carry
               plgpu.barrier_wait(k_full.at[stage_of(j)])
               plgpu.barrier_wait(turn.at[wg])
               qk(j)
@@ -330,9 +333,9 @@ def _kernel(
               o = plgpu.wgmma_accumulator_load(o_ref, wait_n=0)
               plgpu.barrier_arrive(v_empty.at[stage_of(j - 1)])
               p = fragments.probabilities(e)
-              p, o, total, peak = fragments.settle(p, e, o, total, peak, scale)
+              p, o, peak = fragments.settle(p, e, o, peak, scale)
               o_ref[...] = o
-              return p, peak, total
+              return p, peak
 
             # Every row sees the first token, so its first peak is a number.
             plgpu.barrier_wait(k_full.at[stage_of(0)])
@@ -357,10 +360,10 @@ def _kernel(
 
             def chunk(i, carry):
               carry, old_peak = carry
-              lo = 1 + i * _CHUNK
+              lo = 1 + i * chunk_tiles
               carry = lax.fori_loop(
                 lo,
-                lax.min(lo + _CHUNK, whole),
+                lax.min(lo + chunk_tiles, whole),
                 functools.partial(body, masked=False),
                 carry,
               )
@@ -371,11 +374,11 @@ def _kernel(
 
             carry, old_peak = lax.fori_loop(
               0,
-              lax.div(whole + (_CHUNK - 2), _CHUNK),
+              lax.div(whole + (chunk_tiles - 2), chunk_tiles),
               chunk,
-              ((p, peak, zero), peak),
+              ((p, peak), peak),
             )
-            p, peak, total = lax.fori_loop(
+            p, peak = lax.fori_loop(
               lax.max(whole, 1),
               mine,
               functools.partial(body, masked=True),
@@ -387,7 +390,7 @@ def _kernel(
             plgpu.barrier_arrive(v_empty.at[stage_of(mine - 1)])
             unit = unit_gmem[b, lax.div(head, group)]
             real = _iota((64,), 0, _ROW) < ql - row
-            o = fragments.normalise(o, total, jnp.where(real, unit, 0.0))
+            o = fragments.normalise(o, jnp.where(real, unit, 0.0))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             o_smem.at[wg][...] = o.astype(jnp.bfloat16)
 

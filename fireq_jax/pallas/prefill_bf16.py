@@ -12,9 +12,6 @@ tokens, taken in order:
 
 The two consumers take turns: one's exponentials run while the tensor core works
 for the other.
-
-`attention` does not choose it yet: it has been interpreted and compiled, but not
-run on a GPU.
 """
 
 import functools
@@ -35,13 +32,21 @@ _TILE = 128  # kv tokens of a tile
 _STAGES = 2  # tiles of k and of v in flight or in use
 
 
-def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-  """Why the kernel cannot attend with these operands, or None."""
-  if q.shape[-1] not in (64, 128):
-    return f"head_dim {q.shape[-1]} is neither 64 nor 128"
-  if q.dtype != jnp.bfloat16 or k.dtype != jnp.bfloat16:
-    return f"queries are {q.dtype} and keys {k.dtype}, not bf16"
-  return None
+def supported(q: jax.Array, k: jax.Array) -> None:
+  """Returns if the kernel can run this.
+
+  Raises:
+    NotImplementedError: it cannot, with the reason.
+  """
+  for ok, reason in (
+    (q.shape[-1] in (64, 128), f"head_dim {q.shape[-1]}"),
+    (
+      q.dtype == k.dtype == jnp.bfloat16,
+      f"queries of {q.dtype}, keys of {k.dtype}",
+    ),
+  ):
+    if not ok:
+      raise NotImplementedError(f"this kernel does not handle {reason}")
 
 
 def prefill_attention(
@@ -65,10 +70,9 @@ def prefill_attention(
     bf16 [B, T, N, H].
 
   Raises:
-    NotImplementedError: see `unsupported`.
+    NotImplementedError: see `supported`.
   """
-  if reason := unsupported(q, k):
-    raise NotImplementedError(reason)
+  supported(q, k)
   length = q.shape[1]
   # TMA copies eight rows at a time.
   pad = lambda x, axis: jnp.pad(
@@ -100,14 +104,18 @@ def _kernel(q, k, v, q_lengths, kv_lengths):
     total = count(row, _ROWS)
     stage_of = lambda j: lax.rem(j, _STAGES)
 
-    @pl.when((wg == 2) & (total > 0))
+    @pl.when(wg == 2)
     def produce():
+      # Even without tiles: consumers wait for the registers.
       plgpu.set_max_registers(24, action="decrease")
       kv_head = lax.div(head, group)
-      for w in range(2):
-        plgpu.copy_gmem_to_smem(
-          q_gmem.at[b, pl.ds(row + 64 * w, 64), head], q_smem.at[w], q_full
-        )
+
+      @pl.when(total > 0)
+      def _():
+        for w in range(2):
+          plgpu.copy_gmem_to_smem(
+            q_gmem.at[b, pl.ds(row + 64 * w, 64), head], q_smem.at[w], q_full
+          )
 
       def step(j, _):
         stage = stage_of(j)

@@ -8,6 +8,7 @@ peaks of rows move (`settle`).
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,41 @@ def exponents(
   )(x, scales, peak, scale)
 
 
+def masked(e: jax.Array, last: jax.Array) -> jax.Array:
+  """f32 e [64, S] with -inf in columns after the i32 last [64] of their row."""
+
+  def emit(e, last):
+    out = np.empty_like(e.registers)
+    # Compared with constants, so that no registers hold numbers of columns.
+    lane = mgpu.utils.thread_idx()
+    pair = arith.muli(arith.remui(lane, constant(4)), constant(2))
+    lasts = [
+      arith.subi(elements(last.registers[0, 0, half, 0, 0])[0], pair)
+      for half in range(2)
+    ]
+    for index, values in np.ndenumerate(e.registers):
+      seen = [
+        arith.cmpi(
+          arith.CmpIPredicate.sle, constant(8 * index[1] + i), lasts[index[4]]
+        )
+        for i in range(2)
+      ]
+      values = [
+        arith.select(ok, value, _float(-math.inf))
+        for ok, value in zip(seen, elements(values))
+      ]
+      out[index] = vector(values)
+    return array(out, mgpu.WGMMA_LAYOUT)
+
+  def model(e, last):
+    columns = jnp.arange(e.shape[1], dtype=last.dtype)
+    return jnp.where(columns <= last[:, None], e, -jnp.inf)
+
+  return inline(emit, model, arg_types=(_TILE, _ROW), return_type=_like(e))(
+    e, last
+  )
+
+
 def first_rise(e: jax.Array) -> jax.Array:
   """How far f32 e [64, S] has to be lowered: f32 [64]."""
 
@@ -122,26 +158,23 @@ def settle(
   p: jax.Array,
   e: jax.Array,
   out: jax.Array,
-  total: jax.Array,
   peak: jax.Array,
   scale: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Raises the peaks of a warp's rows where one of its codes is saturated.
 
   Args:
     p: e4m3 [64, S], `probabilities` of e.
     e: f32 [64, S], `exponents`.
-    out: f32 [64, H + 8], sums weighted with 2 ** e of earlier tiles. The last 8
-      columns are 4 equal pairs, and hold sums of weights of the last tile alone.
-    total: f32 [64], sums of weights of the tiles before.
+    out: f32 [64, N], sums weighted with 2 ** e of earlier tiles.
     peak: f32 [64].
     scale: f32 [64].
 
   Returns:
-    p, out, total and peak with new peaks; those 8 columns went into total.
+    p, out and peak with new peaks.
   """
 
-  def emit(p, e, out, total, peak, scale):
+  def emit(p, e, out, peak, scale):
     halves = range(2)
     words = [mgpu.utils.bitcast(word, i32()) for word in p.registers.flat]
     # Only 0x7e, the largest code, carries into the highest bit.
@@ -155,34 +188,30 @@ def settle(
       "=r,r",
     )
     out_of = [_row(out, half) for half in halves]
-    totals, peaks, scales = (
+    peaks, scales = (
       [elements(a.registers[0, 0, half, 0, 0])[0] for half in halves]
-      for a in (total, peak, scale)
+      for a in (peak, scale)
     )
-    for half in halves:
-      *out_of[half], high, low = out_of[half]
-      totals[half] = arith.addf(totals[half], arith.addf(high, low))
-    old = [*words, *out_of[0], *out_of[1], *totals, *peaks]
+    old = [*words, *out_of[0], *out_of[1], *peaks]
     branch = scf.IfOp(
       arith.cmpi(arith.CmpIPredicate.ne, any_full, constant(0)),
       [x.type for x in old],
       has_else=True,
     )
     with ir.InsertionPoint(branch.then_block):
-      new_out, new_totals, new_peaks = [], [], []
+      new_out, new_peaks = [], []
       lowered = np.empty_like(e.registers)
       for half in halves:
         rise = arith.maxnumf(_rise(_row(e, half), CENTRE), _float(0.0))
         shrink = _exp2(arith.negf(rise))
         new_out += [arith.mulf(x, shrink) for x in out_of[half]]
-        new_totals.append(arith.mulf(totals[half], shrink))
         new_peaks.append(_fma(rise, _reciprocal(scales[half]), peaks[half]))
         for i, pair in np.ndenumerate(e.registers):
           if i[4] == half:
             pair = [_exp2(arith.subf(x, rise)) for x in elements(pair)]
             lowered[i] = vector(pair)
       new_words = _pack(lowered, e.shape)
-      scf.YieldOp([*new_words, *new_out, *new_totals, *new_peaks])
+      scf.YieldOp([*new_words, *new_out, *new_peaks])
     # pyrefly: ignore[no-matching-overload]
     with ir.InsertionPoint(branch.else_block):
       scf.YieldOp(old)
@@ -192,57 +221,46 @@ def settle(
     registers = np.empty_like(out.registers)
     for half in halves:
       for i in np.ndindex(registers.shape):
-        if i[4] == half and i[1] < registers.shape[1] - 1:
+        if i[4] == half:
           registers[i] = vector([next(results), next(results)])
-        elif i[4] == half:
-          # A constant would be set while wgmma runs, which serialises it.
-          pair = elements(out.registers[i])
-          registers[i] = vector([arith.subf(x, x) for x in pair])
     yield array(registers, mgpu.WGMMA_LAYOUT)
-    for _ in (total, peak):
-      registers = np.empty_like(peak.registers)
-      for half in halves:
-        registers[0, 0, half, 0, 0] = vector([next(results)])
-      yield array(registers, mgpu.WGMMA_ROW_LAYOUT)
+    registers = np.empty_like(peak.registers)
+    for half in halves:
+      registers[0, 0, half, 0, 0] = vector([next(results)])
+    yield array(registers, mgpu.WGMMA_ROW_LAYOUT)
 
-  def model(p, e, out, total, peak, scale):
+  def model(p, e, out, peak, scale):
     full = jnp.any(p.astype(jnp.float32) == 448, axis=1)
     full = jnp.repeat(jnp.any(full.reshape(4, 16), axis=1), 16)
     rise = jnp.maximum(jnp.max(e, axis=1) - CENTRE, 0)
     rise = jnp.where(full, rise, 0)
-    shrink = jnp.exp2(-rise)
-    total = (total + out[:, -8] + out[:, -7]) * shrink
-    out = (out * shrink[:, None]).at[:, -8:].set(0)
     p = _probabilities(e - rise[:, None])
-    return p, out, total, peak + rise / scale
+    return p, out * jnp.exp2(-rise)[:, None], peak + rise / scale
 
   return inline(
     lambda *args: tuple(emit(*args)),
     model,
-    arg_types=(plgpu.Layout.WGMMA_8BIT, _TILE, _TILE, _ROW, _ROW, _ROW),
-    return_type=(
-      _operand_of(e),
-      _like(out),
-      _like(total, layout=_ROW),
-      _like(peak, layout=_ROW),
-    ),
-  )(p, e, out, total, peak, scale)
+    arg_types=(plgpu.Layout.WGMMA_8BIT, _TILE, _TILE, _ROW, _ROW),
+    return_type=(_operand_of(e), _like(out), _like(peak, layout=_ROW)),
+  )(p, e, out, peak, scale)
 
 
-def normalise(out: jax.Array, total: jax.Array, factor: jax.Array) -> jax.Array:
-  """factor * out / total of f32 out [64, H + 8], see `settle`: f32 [64, H]."""
+def normalise(out: jax.Array, factor: jax.Array) -> jax.Array:
+  """factor * out / total of f32 out [64, H + 8]: f32 [64, H].
+
+  The last 8 columns add up to total.
+  """
   head_dim = out.shape[1] - 8
 
-  def emit(out, total, factor):
+  def emit(out, factor):
     registers = np.empty(
       mgpu.WGMMA_LAYOUT.registers_shape((64, head_dim)), dtype=object
     )
     for half in range(2):
       *columns, high, low = _row(out, half)
       (times,) = elements(factor.registers[0, 0, half, 0, 0])
-      (over,) = elements(total.registers[0, 0, half, 0, 0])
-      over = arith.addf(over, arith.addf(high, low))
-      times = arith.mulf(times, _reciprocal(over))
+      total = _of_quad(arith.addf, arith.addf(high, low))
+      times = arith.mulf(times, _reciprocal(total))
       columns = [arith.mulf(x, times) for x in columns]
       for group in range(head_dim // 8):
         registers[0, group, 0, 0, half, 0, 0, 0, 0] = vector(
@@ -250,16 +268,15 @@ def normalise(out: jax.Array, total: jax.Array, factor: jax.Array) -> jax.Array:
         )
     return array(registers, mgpu.WGMMA_LAYOUT)
 
-  def model(out, total, factor):
-    factor = factor / (total + out[:, -8] + out[:, -7])
-    return out[:, :-8] * factor[:, None]
+  def model(out, factor):
+    return out[:, :-8] * (factor / jnp.sum(out[:, -8:], axis=1))[:, None]
 
   return inline(
     emit,
     model,
-    arg_types=(_TILE, _ROW, _ROW),
+    arg_types=(_TILE, _ROW),
     return_type=plgpu.ShapeDtypeStruct((64, head_dim), jnp.float32, _TILE),
-  )(out, total, factor)
+  )(out, factor)
 
 
 def _like(x, layout=_TILE):
@@ -320,10 +337,15 @@ def _operand(words, shape):
 
 def _rise(row, goal):
   """How far a row's largest exponent is above `goal`."""
-  top = functools.reduce(arith.maxnumf, row)
-  for distance in (1, 2):
-    top = arith.maxnumf(top, mgpu.utils.shfl_bfly(top, distance))
+  top = _of_quad(arith.maxnumf, functools.reduce(arith.maxnumf, row))
   return arith.subf(top, _float(goal))
+
+
+def _of_quad(combine, x):
+  """The four threads that hold a row together."""
+  for distance in (1, 2):
+    x = combine(x, mgpu.utils.shfl_bfly(x, distance))
+  return x
 
 
 def _float(value):

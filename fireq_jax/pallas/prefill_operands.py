@@ -61,13 +61,20 @@ class Sizes:
     return -(-(self.key_tasks + self.value_tasks) * WARP // threads.BLOCK)
 
 
-def unsupported(k_words: jax.Array, v_words: jax.Array) -> str | None:
-  """Why the kernel cannot work on these operands, or None."""
-  if 8 * k_words.shape[-1] not in (64, 128):
-    return f"head_dim {8 * k_words.shape[-1]} is neither 64 nor 128"
-  if 9 * max(k_words.size, v_words.size) >= 2**31:
-    return f"{k_words.size} words are more than 32 bits count bytes of"
-  return None
+def supported(k_words: jax.Array, v_words: jax.Array) -> None:
+  """Returns if the kernel can run this.
+
+  Raises:
+    NotImplementedError: it cannot, with the reason.
+  """
+  head_dim = 8 * k_words.shape[-1]
+  words = max(k_words.size, v_words.size)
+  for ok, reason in (
+    (head_dim in (64, 128), f"head_dim {head_dim}"),
+    (9 * words < 2**31, f"{words} words: 32 bits must count bytes"),
+  ):
+    if not ok:
+      raise NotImplementedError(f"this kernel does not handle {reason}")
 
 
 def prefill_operands(
@@ -85,10 +92,9 @@ def prefill_operands(
     v_scale: [B, K, S].
 
   Raises:
-    NotImplementedError: see `unsupported`.
+    NotImplementedError: see `supported`.
   """
-  if reason := unsupported(k_words, v_words):
-    raise NotImplementedError(reason)
+  supported(k_words, v_words)
   sizes = sizes_of(k_words, v_words)
 
   def kernel(*refs):

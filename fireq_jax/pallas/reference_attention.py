@@ -104,7 +104,7 @@ def prefill_attention(
   exponents -= peak - CENTRE
   p = jnp.where(visible, jnp.exp2(exponents), 0.0)
   out = jnp.einsum("bnts,bnhs->btnh", round_e4m3(p), v)
-  values, weights = out[..., :head_dim], out[..., head_dim : head_dim + 2]
+  values, weights = out[..., :head_dim], out[..., head_dim:]
   total = jnp.sum(weights, axis=-1, keepdims=True)
   factor = jnp.repeat(unit, group, axis=1)[:, None, :, None]
   return (values * factor / jnp.where(total > 0, total, 1.0)).astype(

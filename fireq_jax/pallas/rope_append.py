@@ -126,21 +126,22 @@ def _whole_ctas(warps: int) -> int:
   return -(-warps // per_cta) * per_cta
 
 
-def unsupported(
-  qkv: jax.Array, cos: jax.Array, cache: LayerCache
-) -> str | None:
-  """Why the kernel cannot work on these operands, or None."""
+def supported(qkv: jax.Array, cos: jax.Array, cache: LayerCache) -> None:
+  """Returns if the kernel can run this.
+
+  Raises:
+    NotImplementedError: it cannot, with the reason.
+  """
   head_dim = 2 * cos.shape[-1]
-  if head_dim not in (64, 128):
-    return f"head_dim {head_dim} is neither 64 nor 128"
-  if qkv.dtype != jnp.bfloat16:
-    return f"the projection is {qkv.dtype}, not bf16"
-  if cache.format.cache != "int4":
-    return f"the cache holds {cache.format.cache}, not INT4"
   largest = max(x.size for x in (qkv, cache.k, cache.v))
-  if largest >= 2**31:
-    return f"{largest} elements are more than 32 bits count"
-  return None
+  for ok, reason in (
+    (head_dim in (64, 128), f"head_dim {head_dim}"),
+    (qkv.dtype == jnp.bfloat16, f"a projection of {qkv.dtype}"),
+    (cache.format.cache == "int4", f"a cache of {cache.format.cache}"),
+    (largest < 2**31, f"{largest} elements: 32 bits must count them"),
+  ):
+    if not ok:
+      raise NotImplementedError(f"this kernel does not handle {reason}")
 
 
 def rope_append(
@@ -177,10 +178,9 @@ def rope_append(
     scale f32 [B, T, N], or None of bf16; the cache.
 
   Raises:
-    NotImplementedError: see `unsupported`.
+    NotImplementedError: see `supported`.
   """
-  if reason := unsupported(qkv, cos, cache):
-    raise NotImplementedError(reason)
+  supported(qkv, cos, cache)
   passes = tuning.passes if tuning else None
   if passes is None:
     passes = 1 if qkv.shape[0] * qkv.shape[1] < 1024 else 4
