@@ -12,10 +12,14 @@ from fireq_jax.config import check
 from fireq_jax.qtensor import code_values, round_bf16
 
 
-def nearest_codes(
+def nearest(
   weight: jax.Array, scale: jax.Array, *, lowest: int = -7
-) -> jax.Array:
-  """Returns int8 codes of the values nearest to `weight`, ties to the smaller.
+) -> tuple[jax.Array, jax.Array]:
+  """Returns int8 codes, and their f32 values, nearest to `weight`; ties to the
+  smaller.
+
+  Rounding moves a product by less than half a scale, so the nearest is one of
+  the two codes around weight / scale.
 
   Args:
     weight: f32 [...].
@@ -23,17 +27,21 @@ def nearest_codes(
     lowest: -7 or -8, the lowest code in use.
   """
   magnitude = jnp.abs(weight)
+  top = jnp.where(weight < 0, -lowest, 7).astype(jnp.float32)
+  below = jnp.floor(magnitude / scale.astype(jnp.float32))
+  below = jnp.minimum(below, top - 1)
+  low, high = code_values(below, scale), code_values(below + 1, scale)
+  up = magnitude > (low + high) / 2
+  code, value = below + up.astype(jnp.float32), jnp.where(up, high, low)
+  sign = jnp.sign(weight)
+  return (sign * code).astype(jnp.int8), sign * value
 
-  def steps(top: int) -> jax.Array:
-    below = [code_values(jnp.int8(c), scale) for c in range(top + 1)]
-    midpoints = [(a + b) / 2 for a, b in zip(below, below[1:])]
-    none = jnp.zeros(magnitude.shape, jnp.int8)
-    return sum(((magnitude > m).astype(jnp.int8) for m in midpoints), none)
 
-  if lowest == -7:
-    code = steps(7)
-    return jnp.where(weight < 0, -code, code)
-  return jnp.where(weight < 0, -steps(8), steps(7))
+def nearest_codes(
+  weight: jax.Array, scale: jax.Array, *, lowest: int = -7
+) -> jax.Array:
+  """The codes of `nearest`."""
+  return nearest(weight, scale, lowest=lowest)[0]
 
 
 def search_scales(
@@ -85,8 +93,8 @@ def search_scales(
     return scale.astype(scale_dtype)
 
   def error(scale: jax.Array) -> jax.Array:
-    codes = nearest_codes(grouped, scale[..., None], lowest=lowest)
-    difference = grouped - code_values(codes, scale[..., None])
+    _, values = nearest(grouped, scale[..., None], lowest=lowest)
+    difference = grouped - values
     if importance.ndim == 1:
       weighted = importance.reshape(-1, group) * difference
     else:

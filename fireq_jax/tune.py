@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from fireq_jax import kv_cache, offline
-from fireq_jax.codebook import nearest_codes
+from fireq_jax.codebook import nearest
 from fireq_jax.config import KVFormat, LlamaConfig
 from fireq_jax.linear import RMSNorm
 from fireq_jax.models import llama
@@ -41,6 +41,8 @@ _KEYS = ("key_scale", "key_shift")
 # first steps would undo what the solver chose, and from the value all codes
 # change at once.
 _START = 0.6
+# Codes end at 7 or 8, so beyond this, in units of scales, nothing changes.
+_FARTHEST = 8.0
 # What a relative offset of key_shift is relative to: the size of fitted keys.
 _KEY_SIZE = 8.0
 _DECAY = (0.9, 0.95)
@@ -80,8 +82,8 @@ def tune_layer(
     `inputs` would not be smaller; and f32 [steps], the mean error
     of each step's tokens before the step.
   """
-  start = _start(exact, quantized, dict(formats))
-  moved = jax.tree.map(jnp.zeros_like, _movable(quantized, start))
+  weight_formats = dict(formats)
+  moved = _start(exact, quantized, weight_formats)
   rates = {
     name: jax.tree.map(lambda _, rate=rate: rate, moved[name])
     for name, rate in (
@@ -94,8 +96,8 @@ def tune_layer(
   batch = min(tuning.batch, windows)
   batches = windows // batch
 
-  def error(moved, x, y):
-    layer = _moved(quantized, start, moved, dict(formats))
+  def error(at, x, y):
+    layer = _layer(quantized, at)
     got = _forward(layer, x, config=config, kv=kv).astype(jnp.float32)
     wanted = y.astype(jnp.float32)
     size = jnp.square(wanted).mean(axis=-1)
@@ -107,33 +109,40 @@ def tune_layer(
     epoch = jax.random.fold_in(jax.random.key(0), i // batches)
     order = jax.random.permutation(epoch, windows)
     chosen = jax.lax.dynamic_slice_in_dim(order, i % batches * batch, batch)
+    # Slopes at the values of codes move the weights before rounding; that they
+    # are per value, not per scale, makes no difference to Adam.
+    at = _rounded(quantized, moved, weight_formats)
     value, slope = jax.value_and_grad(error)(
-      moved, inputs[chosen], targets[chosen]
+      at, inputs[chosen], targets[chosen]
     )
     fade = 0.5 * (1 + jnp.cos(jnp.pi * i / tuning.steps))
     moved, moments = _adam(moved, slope, moments, i, rates, fade)
+    moved["weights"] = _within(moved["weights"])
     return moved, moments, errors.at[i].set(value)
 
   def total(moved):
+    at = _rounded(quantized, moved, weight_formats)
+
     def add(i, total):
       part = lambda a: jax.lax.dynamic_slice_in_dim(a, i * batch, batch)
-      return total + error(moved, part(inputs), part(targets))
+      return total + error(at, part(inputs), part(targets))
 
     return jax.lax.fori_loop(0, batches, add, 0.0)
 
-  still = moved
+  start = moved
   zeros = (jax.tree.map(jnp.zeros_like, moved),) * 2
   moved, _, errors = jax.lax.fori_loop(
     0, tuning.steps, step, (moved, zeros, jnp.zeros(tuning.steps))
   )
-  better = total(moved) < total(still)  # not if it is NaN
-  moved = jax.tree.map(lambda a, b: jnp.where(better, a, b), moved, still)
-  return _stored(quantized, start, moved, dict(formats)), errors
+  better = total(moved) < total(start)  # not if it is NaN
+  moved = jax.tree.map(lambda a, b: jnp.where(better, a, b), moved, start)
+  return _stored(quantized, moved, weight_formats), errors
 
 
 def _adam(values, slope, moments, i, rates, fade):
   """One step of Adam (Kingma and Ba 2015, arXiv 1412.6980)."""
   decay1, decay2 = _DECAY
+  slope = jax.tree.map(lambda g: g.astype(jnp.float32), slope)
   first = jax.tree.map(
     lambda m, g: decay1 * m + (1 - decay1) * g, moments[0], slope
   )
@@ -151,14 +160,15 @@ def _adam(values, slope, moments, i, rates, fade):
 
 def _start(
   exact: Params, quantized: Params, formats: dict[str, WeightFormat | None]
-) -> dict[str, jax.Array]:
-  """Where weights start: f32 [N, C], tensor scale applied, inside the cells
-  of their codes."""
-  start = {}
-  for name, block in PROJECTIONS.items():
-    weight_format = formats[name]
+) -> Params:
+  """What moves, where it starts: weights f32 [N, C] in units of their scales,
+  inside the cells of their codes; norms' gains and factors of keys as offsets.
+  """
+  weights = {}
+  for name, weight_format in formats.items():
     if weight_format is None:
       continue
+    block = PROJECTIONS[name]
     weight = quantized[block][name]["kernel"]
     wanted = exact[block][name]["kernel"].T.astype(jnp.float32)
     wanted = wanted * weight.tensor_scale
@@ -170,8 +180,20 @@ def _start(
     )
     low = jnp.where(codes <= weight_format.lowest_code, -jnp.inf, low)
     high = jnp.where(codes >= 7, jnp.inf, high)
-    start[name] = value + _START * (jnp.clip(wanted, low, high) - value)
-  return start
+    begin = value + _START * (jnp.clip(wanted, low, high) - value)
+    weights[name] = begin / scale.astype(jnp.float32)
+  attn = quantized["self_attn"]
+  still = lambda x: jnp.zeros(x.shape, jnp.float32)
+  return {
+    "weights": _within(weights),
+    "gains": {name: still(quantized[name]["weight"]) for name in _NORMS},
+    "keys": {name: still(attn[name]) for name in _KEYS if name in attn},
+  }
+
+
+def _within(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  clip = lambda x: jnp.clip(x, -_FARTHEST, _FARTHEST)
+  return jax.tree.map(clip, weights)
 
 
 def _scales(weight: QTensor) -> jax.Array:
@@ -180,32 +202,38 @@ def _scales(weight: QTensor) -> jax.Array:
   return wide.astype(weight.scale.dtype)
 
 
-def _movable(quantized: Params, start: dict[str, jax.Array]) -> Params:
-  """What moves: weights in units of their scales, all else relatively."""
-  attn = quantized["self_attn"]
-  gain = lambda name: quantized[name]["weight"].astype(jnp.float32)
-  return {
-    "weights": start,
-    "gains": {name: gain(name) for name in _NORMS},
-    "keys": {name: attn[name] for name in _KEYS if name in attn},
-  }
+def _nearest(
+  weight: QTensor, moved: jax.Array, weight_format: WeightFormat
+) -> tuple[jax.Array, jax.Array]:
+  """Codes int8 [N, C] of a weight in units of its scales, and their values."""
+  scale = _scales(weight)
+  wanted = moved * scale.astype(jnp.float32)
+  return nearest(wanted, scale, lowest=weight_format.lowest_code)
 
 
-def _moved(
-  quantized: Params,
-  start: dict[str, jax.Array],
-  moved: Params,
-  formats: dict[str, WeightFormat | None],
+def _rounded(
+  quantized: Params, moved: Params, formats: dict[str, WeightFormat | None]
 ) -> Params:
-  """The layer at offsets `moved`, differentiable: `QTensor`s become f32
-  [N, C], tensor scale applied, which `_Weight` tells how to multiply."""
+  """`moved` with weights as they multiply: the values of their codes, tensor
+  scale applied, in the narrowest type that holds them."""
+  weights = {}
+  for name, x in moved["weights"].items():
+    weight = quantized[PROJECTIONS[name]][name]["kernel"]
+    _, value = _nearest(weight, x, formats[name])
+    exact = weight.scale.dtype == jnp.float8_e4m3fn
+    weights[name] = value.astype(jnp.bfloat16 if exact else jnp.float32)
+  return moved | {"weights": weights}
+
+
+def _layer(quantized: Params, at: Params) -> Params:
+  """The layer at `at`, which is `_rounded`: differentiable."""
   attn = dict(quantized["self_attn"])
   mlp = dict(quantized["mlp"])
   blocks = {"self_attn": attn, "mlp": mlp}
-  for name, x in moved["weights"].items():
+  for name, value in at["weights"].items():
     block = blocks[PROJECTIONS[name]]
-    block[name] = _Weight(block[name]["kernel"], start[name], x, formats[name])
-  keys = moved["keys"]
+    block[name] = block[name] | {"value": value}
+  keys = at["keys"]
   if "key_scale" in keys:
     attn["key_scale"] = attn["key_scale"] * jnp.exp(keys["key_scale"])
   if "key_shift" in keys:
@@ -213,40 +241,11 @@ def _moved(
   gains = {
     name: {
       "weight": quantized[name]["weight"].astype(jnp.float32)
-      * (1 + moved["gains"][name])
+      * (1 + at["gains"][name])
     }
     for name in _NORMS
   }
   return {**blocks, **gains}
-
-
-class _Weight:
-  """A weight on its way: what it is rounded to, and how inputs meet it."""
-
-  def __init__(self, weight: QTensor, start, moved, weight_format):
-    self.weight, self.scale = weight, _scales(weight)
-    self.wanted = start + moved * self.scale.astype(jnp.float32)
-    self.codes = nearest_codes(
-      jax.lax.stop_gradient(self.wanted),
-      self.scale,
-      lowest=weight_format.lowest_code,
-    )
-
-  def __call__(self, x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """x [..., C] -> f32 [..., N], as `fireq_jax.linear.linear` computes it."""
-    value = code_values(self.codes, self.scale)
-    reach = code_values(jnp.int8(8), self.scale)
-    # Beyond the last code there is nothing to gain.
-    value = _straight(jnp.clip(self.wanted, -reach, reach), value)
-    rounded = self.scale.dtype == jnp.float8_e4m3fn
-    operand = jnp.bfloat16 if rounded else jnp.float32
-    row_scale = 1.0
-    if self.weight.activation == "e4m3":
-      x, row_scale = _rows(x)
-    else:
-      x = x.astype(dtype)
-    y = _matmul(x.astype(operand), value.astype(operand).T)
-    return y * (row_scale / self.weight.tensor_scale)
 
 
 def _forward(
@@ -264,11 +263,12 @@ def _forward(
   heads = lambda x: x.reshape(*x.shape[:-1], -1, config.head_dim)
   norm = lambda name, x: RMSNorm(layer[name]["weight"], config.rms_norm_eps)(x)
 
-  def project(weight, x, residual=None):
-    if isinstance(weight, _Weight):
-      y = weight(x, dtype)
+  def project(projection, x, residual=None):
+    weight = projection["kernel"]
+    if isinstance(weight, QTensor):
+      y = _multiply(weight, projection["value"], x, dtype)
     else:
-      y = _matmul(x.astype(dtype), weight["kernel"])
+      y = _einsum("btc,cn->btn", x.astype(dtype), weight)
     if residual is not None:
       y = y + residual.astype(jnp.float32)
     return y.astype(dtype)
@@ -289,6 +289,17 @@ def _forward(
     project(mlp[n], h).astype(jnp.float32) for n in ("gate_proj", "up_proj")
   )
   return project(mlp["down_proj"], (jax.nn.silu(gate) * up).astype(dtype), x)
+
+
+def _multiply(weight: QTensor, value: jax.Array, x: jax.Array, dtype):
+  """x [B, T, C] -> f32 [B, T, N], as `fireq_jax.linear.linear` computes it."""
+  row_scale = 1.0
+  if weight.activation == "e4m3":
+    x, row_scale = _rows(x)
+  else:
+    x = x.astype(dtype)
+  y = _einsum("btc,nc->btn", x.astype(value.dtype), value)
+  return y * (row_scale / weight.tensor_scale)
 
 
 def _attention(q, k, v, kv: KVFormat, dtype) -> jax.Array:
@@ -347,34 +358,44 @@ def _straight(x: jax.Array, rounded: jax.Array) -> jax.Array:
   return x + jax.lax.stop_gradient(rounded - x)
 
 
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-  return jnp.matmul(a, b, preferred_element_type=jnp.float32)
-
-
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  """Einsum of two arrays of one dtype, in f32; gradients keep that dtype.
+
+  Those of `jnp.einsum` are products with an f32 operand, which take longer.
+  """
   return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
+def _einsum_forward(spec, a, b):
+  return _einsum(spec, a, b), (a, b)
+
+
+def _einsum_backward(spec, operands, slope):
+  a, b = operands
+  of_a, of_b, of_y = spec.replace("->", ",").split(",")
+  slope = slope.astype(a.dtype)
+  return (
+    jnp.einsum(f"{of_y},{of_b}->{of_a}", slope, b),
+    jnp.einsum(f"{of_y},{of_a}->{of_b}", slope, a),
+  )
+
+
+_einsum.defvjp(_einsum_forward, _einsum_backward)
+
+
 def _stored(
-  quantized: Params,
-  start: dict[str, jax.Array],
-  moved: Params,
-  formats: dict[str, WeightFormat | None],
+  quantized: Params, moved: Params, formats: dict[str, WeightFormat | None]
 ) -> Params:
-  """The layer at offsets `moved`, in its formats."""
-  at = _moved(quantized, start, moved, formats)
-  layer = {
-    name: {"weight": at[name]["weight"].astype(block["weight"].dtype)}
-    for name, block in quantized.items()
-    if name in _NORMS
-  }
-  for block in ("self_attn", "mlp"):
-    layer[block] = {
-      name: {
-        "kernel": dataclasses.replace(leaf.weight, codes=pack_int4(leaf.codes))
-      }
-      if isinstance(leaf, _Weight)
-      else leaf
-      for name, leaf in at[block].items()
-    }
+  """The layer at `moved`, in its formats."""
+  layer = _layer(quantized, moved | {"weights": {}})
+  for name in _NORMS:
+    dtype = quantized[name]["weight"].dtype
+    layer[name] = {"weight": layer[name]["weight"].astype(dtype)}
+  for name, x in moved["weights"].items():
+    block = PROJECTIONS[name]
+    weight = quantized[block][name]["kernel"]
+    codes, _ = _nearest(weight, x, formats[name])
+    weight = dataclasses.replace(weight, codes=pack_int4(codes))
+    layer[block][name] = {"kernel": weight}
   return layer

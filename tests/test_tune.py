@@ -99,10 +99,10 @@ def test_the_trained_function_is_the_model_s(name):
     weight, kv, (Override(projections=("up_proj",)),)
   )
   start = tune._start(layer, quantized, dict(formats))
-  still = jax.tree.map(jnp.zeros_like, tune._movable(quantized, start))
+  at = tune._rounded(quantized, start, dict(formats))
   x = stream(1, windows=8)
   got = tune._forward(
-    tune._moved(quantized, start, still, dict(formats)),
+    tune._layer(quantized, at),
     x,
     config=CONFIG,
     kv=kv,
