@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fireq_jax import calibrate, keys, offline, rotate, smooth, solve, tune
-from fireq_jax.config import LlamaConfig
+from fireq_jax.config import KVFormat, LlamaConfig
 from fireq_jax.errors import ConfigError, QuantizationError
 from fireq_jax.models import llama
 from fireq_jax.qtensor import QTensor
@@ -152,8 +152,9 @@ def quantize_model(
       )
     else:
       quantized = _quantize(smoothed, formats=formats, recipe=recipe)
+    candidates = [quantized]
     if recipe.tuning.steps:
-      quantized, _ = tune.tune_layer(
+      tuned, _ = tune.tune_layer(
         smoothed,
         quantized,
         jnp.concatenate(real),
@@ -163,7 +164,10 @@ def quantize_model(
         config=config,
         kv=recipe.kv,
       )
-    real = [_run(quantized, x, config=config, kv=recipe.kv) for x in real]
+      candidates.append(tuned)
+    quantized, real = _best(
+      candidates, real, exact_next, config=config, kv=recipe.kv
+    )
     exact = exact_next
     error = float(_weight_error(quantized, smoothed))
     params["model"]["layers"].append(jax.device_get(quantized))
@@ -305,6 +309,31 @@ def _miss(layer, x, y, *, config, kv) -> jax.Array:
   """Squared error of a layer's output against `y`."""
   got, _ = solve.run_layer(layer, x, config=config, kv=kv)
   return jnp.square(got.astype(jnp.float32) - y.astype(jnp.float32)).sum()
+
+
+def _best(
+  layers: list[Params],
+  inputs: list[jax.Array],
+  wanted: list[jax.Array],
+  *,
+  config: LlamaConfig,
+  kv: KVFormat,
+) -> tuple[Params, list[jax.Array]]:
+  """The first of the layers of least error, and its outputs."""
+
+  def error(candidate) -> float:
+    _, outputs = candidate
+    errors = [len(x) * _error(x, y) for x, y in zip(outputs, wanted)]
+    total = float(sum(errors))
+    return np.inf if np.isnan(total) else total
+
+  run = functools.partial(_run, config=config, kv=kv)
+  return min(
+    ((layer, [run(layer, x) for x in inputs]) for layer in layers), key=error
+  )
+
+
+_error = offline.jit(tune.relative_error)
 
 
 @functools.partial(offline.jit, static_argnames=("config", "kv"))

@@ -64,8 +64,8 @@ def tune_layer(
 ) -> tuple[Params, jax.Array]:
   """Moves codes, norms' gains and factors of keys to where the output is best.
 
-  The error of a token is the squared difference of its output over the square
-  of the output it should have.
+  The error is `relative_error`; that of steps falls, but whether the result
+  is better is for the caller to see.
 
   Args:
     exact: the float layer that was quantised, f32 or bf16 kernels.
@@ -78,12 +78,11 @@ def tune_layer(
     kv: format of keys and values.
 
   Returns:
-    the layer, of the same formats and dtypes, unchanged if its error on
-    `inputs` would not be smaller; and f32 [steps], the mean error
-    of each step's tokens before the step.
+    the layer, of the same formats and dtypes; and f32 [steps], the error of
+    each step's windows before the step.
   """
-  weight_formats = dict(formats)
-  moved = _start(exact, quantized, weight_formats)
+  rounding = {name: f for name, f in formats if f is not None}
+  moved = _start(exact, quantized, rounding)
   rates = {
     name: jax.tree.map(lambda _, rate=rate: rate, moved[name])
     for name, rate in (
@@ -98,11 +97,7 @@ def tune_layer(
 
   def error(at, x, y):
     layer = _layer(quantized, at)
-    got = _forward(layer, x, config=config, kv=kv).astype(jnp.float32)
-    wanted = y.astype(jnp.float32)
-    size = jnp.square(wanted).mean(axis=-1)
-    miss = jnp.square(got - wanted).mean(axis=-1)
-    return (miss / jnp.maximum(size, 1e-20)).mean()
+    return relative_error(_forward(layer, x, config=config, kv=kv), y)
 
   def step(i, state):
     moved, moments, errors = state
@@ -111,7 +106,7 @@ def tune_layer(
     chosen = jax.lax.dynamic_slice_in_dim(order, i % batches * batch, batch)
     # Slopes at the values of codes move the weights before rounding; that they
     # are per value, not per scale, makes no difference to Adam.
-    at = _rounded(quantized, moved, weight_formats)
+    at = _rounded(quantized, moved, rounding)
     value, slope = jax.value_and_grad(error)(
       at, inputs[chosen], targets[chosen]
     )
@@ -120,23 +115,20 @@ def tune_layer(
     moved["weights"] = _within(moved["weights"])
     return moved, moments, errors.at[i].set(value)
 
-  def total(moved):
-    at = _rounded(quantized, moved, weight_formats)
-
-    def add(i, total):
-      part = lambda a: jax.lax.dynamic_slice_in_dim(a, i * batch, batch)
-      return total + error(at, part(inputs), part(targets))
-
-    return jax.lax.fori_loop(0, batches, add, 0.0)
-
-  start = moved
   zeros = (jax.tree.map(jnp.zeros_like, moved),) * 2
   moved, _, errors = jax.lax.fori_loop(
     0, tuning.steps, step, (moved, zeros, jnp.zeros(tuning.steps))
   )
-  better = total(moved) < total(start)  # not if it is NaN
-  moved = jax.tree.map(lambda a, b: jnp.where(better, a, b), moved, start)
-  return _stored(quantized, moved, weight_formats), errors
+  return _stored(quantized, moved, rounding), errors
+
+
+def relative_error(got: jax.Array, wanted: jax.Array) -> jax.Array:
+  """Squared difference of bf16 [..., D] over the square of `wanted`, a mean
+  over tokens."""
+  got, wanted = got.astype(jnp.float32), wanted.astype(jnp.float32)
+  size = jnp.square(wanted).mean(axis=-1)
+  miss = jnp.square(got - wanted).mean(axis=-1)
+  return (miss / jnp.maximum(size, 1e-20)).mean()
 
 
 def _adam(values, slope, moments, i, rates, fade):
@@ -159,15 +151,13 @@ def _adam(values, slope, moments, i, rates, fade):
 
 
 def _start(
-  exact: Params, quantized: Params, formats: dict[str, WeightFormat | None]
+  exact: Params, quantized: Params, formats: dict[str, WeightFormat]
 ) -> Params:
   """What moves, where it starts: weights f32 [N, C] in units of their scales,
   inside the cells of their codes; norms' gains and factors of keys as offsets.
   """
   weights = {}
   for name, weight_format in formats.items():
-    if weight_format is None:
-      continue
     block = PROJECTIONS[name]
     weight = quantized[block][name]["kernel"]
     wanted = exact[block][name]["kernel"].T.astype(jnp.float32)
@@ -212,7 +202,7 @@ def _nearest(
 
 
 def _rounded(
-  quantized: Params, moved: Params, formats: dict[str, WeightFormat | None]
+  quantized: Params, moved: Params, formats: dict[str, WeightFormat]
 ) -> Params:
   """`moved` with weights as they multiply: the values of their codes, tensor
   scale applied, in the narrowest type that holds them."""
@@ -385,7 +375,7 @@ _einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 def _stored(
-  quantized: Params, moved: Params, formats: dict[str, WeightFormat | None]
+  quantized: Params, moved: Params, formats: dict[str, WeightFormat]
 ) -> Params:
   """The layer at `moved`, in its formats."""
   layer = _layer(quantized, moved | {"weights": {}})

@@ -130,6 +130,21 @@ def test_the_same_data_gives_the_same_bytes():
   )
 
 
+@pytest.mark.parametrize("gain", [3.0, np.nan])
+def test_a_layer_that_training_made_worse_stays(monkeypatch, gain):
+  def spoil(exact, quantized, *inputs, **options):
+    norm = {"weight": gain * quantized["input_layernorm"]["weight"]}
+    return quantized | {"input_layernorm": norm}, None
+
+  monkeypatch.setattr(pipeline.tune, "tune_layer", spoil)
+  untrained = dataclasses.replace(RECIPES["best"], tuning=recipes.Tuning())
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    quantize(RECIPES["best"]),
+    quantize(untrained),
+  )
+
+
 def test_windows_may_run_together():
   layer = PARAMS["model"]["layers"][0]
   rng = np.random.default_rng(2)

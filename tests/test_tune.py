@@ -98,8 +98,9 @@ def test_the_trained_function_is_the_model_s(name):
   layer, quantized, formats = make(
     weight, kv, (Override(projections=("up_proj",)),)
   )
-  start = tune._start(layer, quantized, dict(formats))
-  at = tune._rounded(quantized, start, dict(formats))
+  rounding = {name: f for name, f in formats if f is not None}
+  start = tune._start(layer, quantized, rounding)
+  at = tune._rounded(quantized, start, rounding)
   x = stream(1, windows=8)
   got = tune._forward(
     tune._layer(quantized, at),
@@ -174,13 +175,3 @@ def test_the_cache_s_scale_passes_gradients():
   through = (weights * residue).sum(axis=-1, keepdims=True) * np.sign(x) / 7
   want = weights + np.where(largest, through, 0)
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-
-
-def test_a_layer_that_would_get_worse_stays():
-  weight, kv = FORMATS["e4m3"]
-  layer, quantized, formats = make(weight, kv)
-  same, errors = run(
-    layer, quantized, formats, kv, steps=3, weight_rate=5.0, factor_rate=1e6
-  )
-  jax.tree.map(np.testing.assert_array_equal, same, quantized)
-  assert not errors[2] <= errors[0]
