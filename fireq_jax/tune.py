@@ -302,23 +302,30 @@ def _attention(q, k, v, kv: KVFormat, dtype) -> jax.Array:
     held = kv_cache.encode(k, v, kv)
     k, k_scale = _cached(k, held.k, held.k_scale)
     v, v_scale = _cached(v, held.v, held.v_scale)
-  group = (batch, length, k.shape[2], -1)
-  q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
-  scores = _einsum("btkgh,bskh->bkgts", q.reshape(*group, head_dim), k)
-  scores *= head_dim**-0.5
+  kv_heads = k.shape[2]
+
+  def by_head(x):
+    """[W, T, N, C] -> [W, K, N / K * T, C]: the rows that share keys."""
+    x = x.reshape(batch, length, kv_heads, -1, x.shape[-1])
+    return jnp.moveaxis(x, 1, 3).reshape(batch, kv_heads, -1, x.shape[-1])
+
+  q, k, v = (by_head(x.astype(jnp.bfloat16)) for x in (q, k, v))
+  scores = _einsum("bkrh,bksh->bkrs", q, k) * head_dim**-0.5
   if q_scale is not None:
-    scores *= jnp.moveaxis(q_scale.reshape(*group), 1, -1)[..., None]
-  over_tokens = lambda scale: jnp.moveaxis(scale, 1, -1)[:, :, None, None]
+    scores *= by_head(q_scale)
+  over_tokens = lambda scale: jnp.moveaxis(scale, 1, -1)[:, :, None]
   if k_scale is not None:
     scores *= over_tokens(k_scale)
-  visible = jnp.tril(jnp.ones((length, length), bool))
+  causal = jnp.tril(jnp.ones((length, length), bool))
+  visible = jnp.tile(causal, (heads // kv_heads, 1))
   p = jax.nn.softmax(scores, axis=-1, where=visible)
   p_scale = 1.0
   if v_scale is not None:
     p = p * over_tokens(v_scale)
     if q_scale is not None:
       p, p_scale = _rows(p)
-  out = _einsum("bkgts,bskh->bkgth", p.astype(jnp.bfloat16), v) * p_scale
+  out = _einsum("bkrs,bksh->bkrh", p.astype(jnp.bfloat16), v) * p_scale
+  out = out.reshape(batch, kv_heads, -1, length, head_dim)
   out = jnp.moveaxis(out, 3, 1)
   return out.reshape(batch, length, heads, head_dim).astype(dtype)
 
