@@ -321,16 +321,15 @@ def _best(
 ) -> tuple[Params, list[jax.Array]]:
   """The first of the layers of least error, and its outputs."""
 
-  def error(candidate) -> float:
+  def error(candidate: tuple[Params, list[jax.Array]]) -> float:
     _, outputs = candidate
     errors = [len(x) * _error(x, y) for x, y in zip(outputs, wanted)]
     total = float(sum(errors))
     return np.inf if np.isnan(total) else total
 
   run = functools.partial(_run, config=config, kv=kv)
-  return min(
-    ((layer, [run(layer, x) for x in inputs]) for layer in layers), key=error
-  )
+  candidates = [(layer, [run(layer, x) for x in inputs]) for layer in layers]
+  return min(candidates, key=error)
 
 
 _error = offline.jit(tune.relative_error)

@@ -81,8 +81,8 @@ def tune_layer(
     the layer, of the same formats and dtypes; and f32 [steps], the error of
     each step's windows before the step.
   """
-  rounding = {name: f for name, f in formats if f is not None}
-  moved = _start(exact, quantized, rounding)
+  weight_formats = {name: f for name, f in formats if f is not None}
+  moved = _start(exact, quantized, weight_formats)
   rates = {
     name: jax.tree.map(lambda _, rate=rate: rate, moved[name])
     for name, rate in (
@@ -91,6 +91,7 @@ def tune_layer(
       ("keys", tuning.factor_rate),
     )
   }
+  rounded = lambda moved: _rounded(quantized, moved, weight_formats)
   windows = inputs.shape[0]
   batch = min(tuning.batch, windows)
   batches = windows // batch
@@ -100,26 +101,25 @@ def tune_layer(
     return relative_error(_forward(layer, x, config=config, kv=kv), y)
 
   def step(i, state):
-    moved, moments, errors = state
+    moved, at, moments, errors = state
     epoch = jax.random.fold_in(jax.random.key(0), i // batches)
     order = jax.random.permutation(epoch, windows)
     chosen = jax.lax.dynamic_slice_in_dim(order, i % batches * batch, batch)
     # Slopes at the values of codes move the weights before rounding; that they
     # are per value, not per scale, makes no difference to Adam.
-    at = _rounded(quantized, moved, rounding)
     value, slope = jax.value_and_grad(error)(
       at, inputs[chosen], targets[chosen]
     )
     fade = 0.5 * (1 + jnp.cos(jnp.pi * i / tuning.steps))
     moved, moments = _adam(moved, slope, moments, i, rates, fade)
     moved["weights"] = _within(moved["weights"])
-    return moved, moments, errors.at[i].set(value)
+    # Rounded here, in the same pass over the weights.
+    return moved, rounded(moved), moments, errors.at[i].set(value)
 
   zeros = (jax.tree.map(jnp.zeros_like, moved),) * 2
-  moved, _, errors = jax.lax.fori_loop(
-    0, tuning.steps, step, (moved, zeros, jnp.zeros(tuning.steps))
-  )
-  return _stored(quantized, moved, rounding), errors
+  state = moved, rounded(moved), zeros, jnp.zeros(tuning.steps)
+  moved, _, _, errors = jax.lax.fori_loop(0, tuning.steps, step, state)
+  return _stored(quantized, moved, weight_formats), errors
 
 
 def relative_error(got: jax.Array, wanted: jax.Array) -> jax.Array:
