@@ -258,6 +258,8 @@ def _in_a_thread(function: Callable[..., Any], *args: Any) -> Any:
   swallow it there, and goes on writing in threads of its own after it.
   """
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    # Interrupted while it starts a thread, a pool does not wait for that one.
+    pool.submit(int).result()
     return pool.submit(function, *args).result()
 
 
