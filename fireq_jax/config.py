@@ -2,6 +2,7 @@
 
 import dataclasses
 import reprlib
+import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -16,6 +17,17 @@ def check(ok: bool, what: str, **details: Any) -> None:
   """Raises `ConfigError(what, **details)` unless `ok`."""
   if not ok:
     raise ConfigError(what, **details)
+
+
+def check_implementation(implementation: str) -> None:
+  """Raises `ConfigError` unless it is an `Implementation`."""
+  known = typing.get_args(Implementation)
+  check(
+    implementation in known,
+    "unknown implementation",
+    expected=" or ".join(known),
+    got=repr(implementation),
+  )
 
 
 # Beyond any model: sizes are refused before anything is allocated for them.
@@ -341,19 +353,16 @@ class GenerateConfig:
   prefill_chunk: int | None = None
 
   def __post_init__(self):
+    _check_int("max_new_tokens", self.max_new_tokens, 0, _MAX_SIZE)
+    _check_int("pad_token_id", self.pad_token_id, -(2**31), 2**31 - 1)
+    _check_int("top_k", self.top_k, 0, _MAX_SIZE)
+    for name in ("cache_capacity", "prefill_chunk"):
+      if getattr(self, name) is not None:
+        _check_int(name, getattr(self, name), 1, _MAX_SIZE)
     check(
-      self.prefill_chunk is None or self.prefill_chunk > 0,
-      "prefill_chunk must be positive",
-      got=self.prefill_chunk,
+      isinstance(self.eos_token_ids, tuple),
+      "eos_token_ids must be a tuple",
+      got=reprlib.repr(self.eos_token_ids),
     )
-    check(
-      self.max_new_tokens >= 0,
-      "max_new_tokens must not be negative",
-      got=self.max_new_tokens,
-    )
-    check(self.top_k >= 0, "top_k must not be negative", got=self.top_k)
-    check(
-      self.cache_capacity is None or self.cache_capacity > 0,
-      "cache_capacity must be positive",
-      got=self.cache_capacity,
-    )
+    for token in self.eos_token_ids:
+      _check_int("eos_token_ids", token, 0, _MAX_SIZE)

@@ -16,6 +16,7 @@ from fireq_jax.config import (
   KVFormat,
   LlamaConfig,
   check,
+  check_implementation,
 )
 from fireq_jax.errors import DataError
 from fireq_jax.kv_cache import KVCache, init_cache
@@ -129,9 +130,10 @@ def generate(
   Raises:
     DataError: there is no prompt, or an empty one, or one with ids outside
       the vocabulary.
-    ConfigError: an option is out of range, or prompts and `max_new_tokens` do
+    ConfigError: an option is out of range or unknown, or prompts and `max_new_tokens` do
       not fit the cache or the model's positions.
   """
+  check_implementation(implementation)
   request = _check_request(
     tokens, lengths, config, options, key, temperature, top_p
   )
@@ -170,6 +172,7 @@ def generate_stream(
   A loop on the host over a compiled step whose state is donated. Each step is
   started before the tokens of the one before are waited for.
   """
+  check_implementation(implementation)
   request = _check_request(
     tokens, lengths, config, options, key, temperature, top_p
   )
@@ -284,7 +287,13 @@ def _check_request(
   if key is None:
     check(greedy, "sampling needs a key")
     key = jax.random.key(0)
-  elif not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+  check(
+    isinstance(key, jax.Array | np.ndarray),
+    "key must be a PRNG key",
+    got=repr(key),
+    hint="jax.random.key(SEED)",
+  )
+  if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
     key = jax.random.wrap_key_data(key)
   check(
     key.shape in ((), (batch,)),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fireq_jax.config import Implementation
+from fireq_jax.config import Implementation, check_implementation
 from fireq_jax.pallas import act_quant, int4_matmul, reference, tunings
 from fireq_jax.pallas.device import require_hopper
 from fireq_jax.pallas.layouts import PackedInt4
@@ -61,8 +61,10 @@ def linear(
     [..., N].
 
   Raises:
+    ConfigError: there is no such implementation.
     NotImplementedError: the kernel asked for by name cannot run this.
   """
+  check_implementation(implementation)
   out_dtype = out_dtype or x.dtype
   if isinstance(w, QTensor) and w.is_e4m3 and w.activation == "e4m3":
     y = _e4m3(x, w, norm, implementation)

@@ -299,6 +299,8 @@ BAD_OPTIONS = {
   "temperature must be a scalar": {"temperature": np.ones(2), "key": KEY},
   "needs a key": {"temperature": 1.0},
   "one key per row": {"key": jax.random.split(KEY, 2)},
+  "must be a PRNG key": {"key": 0},
+  "implementation": {"implementation": "mosaic"},
   "top_p": {"top_p": 0.0},
   "top_p ": {"top_p": 1.01},
   "at most 1": {"top_p": np.array([0.5, float("nan"), 1])},
@@ -320,6 +322,29 @@ def test_bad_prompts_are_refused(name, call):
 def test_bad_options_are_refused(message, call):
   with pytest.raises(ConfigError, match=message.strip()):
     run(call=call, **BAD_OPTIONS[message])
+
+
+@pytest.mark.parametrize(
+  "bad",
+  [
+    {"max_new_tokens": -1},
+    {"max_new_tokens": 1.0},
+    {"max_new_tokens": True},
+    {"top_k": -1},
+    {"top_k": None},
+    {"pad_token_id": "0"},
+    {"cache_capacity": 0},
+    {"prefill_chunk": 0},
+    {"eos_token_ids": [3]},
+    {"eos_token_ids": 3},
+    {"eos_token_ids": (3.0,)},
+    {"eos_token_ids": (-1,)},
+  ],
+)
+def test_what_no_generation_can_be(bad):
+  (name,) = bad
+  with pytest.raises(ConfigError, match=name):
+    options(**bad)
 
 
 def test_shapes_are_checked_under_jit():

@@ -10,7 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fireq_jax.config import Implementation, KVFormat, LlamaConfig
+from fireq_jax.config import (
+  Implementation,
+  KVFormat,
+  LlamaConfig,
+  check_implementation,
+)
 from fireq_jax.errors import ConfigError
 from fireq_jax.kv_cache import KVCache
 from fireq_jax.linear import RMSNorm, linear
@@ -167,12 +172,19 @@ def forward(
     last_only: returns logits of each row's last real token only.
     kv: without a cache, the format keys, values and queries are rounded to;
       None keeps them in the dtype of the activations.
-    implementation: of the projections and attention.
+    implementation: of the projections and attention: "mosaic_gpu" for the
+      Hopper kernels, "xla" for plain JAX, "auto" for a kernel where it can run.
 
   Returns:
     logits f32 [B, T, V], undefined at padding, or [B, V]; and the
     `KVCache`, or None if none was given.
+
+  Raises:
+    ConfigError: both `cache` and `kv` are given, or there is no such
+      implementation.
+    NotImplementedError: a kernel asked for by name cannot run this.
   """
+  check_implementation(implementation)
   if cache is not None and kv is not None:
     raise ConfigError("kv is the cache's to say", got=repr(kv))
   batch, length = tokens.shape
