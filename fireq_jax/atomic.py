@@ -1,4 +1,4 @@
-"""Folders that appear, or are replaced, all at once.
+"""Folders and files that appear, or are replaced, all at once.
 
 Work happens in a locked temporary sibling; publishing is one rename. Where
 the system can exchange two names in one step (Linux), an overwrite has no
@@ -56,7 +56,7 @@ def staging(target: Path) -> Iterator[Path]:
 
 
 def publish(folder: Path, target: Path, *, overwrite: bool) -> None:
-  """Gives `folder`, on disk to the last byte, the name `target`.
+  """Gives `folder` (or file), on disk to the last byte, the name `target`.
 
   Raises:
     ResourceError: `target` exists (and is not empty) without `overwrite`.
@@ -70,6 +70,8 @@ def publish(folder: Path, target: Path, *, overwrite: bool) -> None:
       os.rename(target, backup_path(target))
   if not replaced:
     try:
+      if target.is_file():  # which a rename would replace
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
       os.rename(folder, target)
     except OSError as error:
       if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):

@@ -13,6 +13,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import jax
@@ -61,6 +62,22 @@ def run(
       traceback.print_exc()
     print(f"error: {known or repr(error)}", file=sys.stderr)
     return known.exit_code if known else 1
+
+
+def check_output_file(path: str) -> None:
+  """Raises now what would keep a file from being written at `path` later.
+
+  Raises:
+    ConfigError: a folder, or there is none to hold it.
+    ResourceError: no permission.
+  """
+  file = Path(path)
+  if file.is_dir():
+    raise ConfigError("a folder, not a file", where=path)
+  if not file.parent.is_dir():
+    raise ConfigError("no such folder", where=file.parent)
+  if not os.access(file if file.exists() else file.parent, os.W_OK):
+    raise ResourceError("no permission to write", where=path)
 
 
 def leave(code: int) -> NoReturn:

@@ -21,6 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     {p.stem for p in folder.glob("*.py")}
     - {"__init__", "common", "attention_peers"}
   )
+  if {"-h", "--help"} & set(argv[1:2]):
+    print(f"{__doc__}\nNAME: {', '.join(names)}")
+    return 0
   if len(argv) < 2 or argv[1] not in names:
     print(__doc__)
     print(f"error: expected one of {', '.join(names)}", file=sys.stderr)

@@ -40,13 +40,11 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_integer(
     "num_windows", None, "At most; default: all.", lower_bound=1, **define
   )
-  flags.DEFINE_string("json", None, "Write the last line here too.", **define)
-  flags.DEFINE_string(
-    "plot", None, "Write a PNG of the results here.", **define
-  )
+  common.define_report_flags(values)
 
 
 def run(values: flags.FlagValues) -> None:
+  common.check_report_flags(values)
   text = read_text(Path(values.text))
   models = [load_prepared(ckpt) for ckpt in values.ckpt]
   vocab_sizes = {model.config.vocab_size for model in models}
@@ -97,10 +95,10 @@ def run(values: flags.FlagValues) -> None:
     "windows": len(windows),
     "rows": rows,
   }
-  if values.plot:
-    common.save_plot(plot, rows, Path(values.plot), Path(values.text).name)
   if values.json:
     Path(values.json).write_text(json.dumps(report, indent=1) + "\n")
+  if values.plot:
+    common.save_plot(plot, rows, Path(values.plot), Path(values.text).name)
   print(json.dumps(report))
 
 

@@ -229,6 +229,8 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> None:
+  if values.json:
+    cli.check_output_file(values.json)
   manager = TaskManager(include_path=values.include_path)
   unknown = [t for t in values.tasks if t not in manager.all_tasks]
   if unknown:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from fireq_jax import cli
+from fireq_jax import atomic, cli
 from fireq_jax.errors import ConfigError
 from fireq_jax.loading import load_model
 from fireq_jax.prepare import prepare
@@ -41,6 +41,7 @@ def run(values: flags.FlagValues) -> None:
   out = Path(values.out)
   if out.suffix != ".npy" or out.exists():
     raise ConfigError("--out must be a new .npy file", got=str(out))
+  cli.check_output_file(values.out)
   model = load_model(values.ckpt)
   model = dataclasses.replace(model, params=prepare(model.params, donate=True))
   windows = write_windows(
@@ -50,8 +51,10 @@ def run(values: flags.FlagValues) -> None:
     seed=values.seed,
     batch=values.batch,
   )
-  with open(out, "xb") as file:
-    np.save(file, windows)
+  with atomic.staging(out) as file:
+    with open(file, "xb") as stream:
+      np.save(stream, windows)
+    atomic.publish(file, out, overwrite=False)
   print(f"wrote         {out}: {len(windows)} windows of {values.seq_len}")
   print(f"elapsed       {time.perf_counter() - start:.1f} s")
 

@@ -14,7 +14,7 @@ import pytest
 from benchmarks import common
 
 from fireq_jax import pipeline, recipe
-from fireq_jax.errors import ResourceError
+from fireq_jax.errors import ConfigError, ResourceError
 from fireq_jax.loading import load_model
 from fireq_jax.prepare import prepare
 
@@ -67,6 +67,29 @@ def test_accuracy(make_hf_checkpoint, tmp_path, capsys):
 def test_unknown_name(capsys):
   assert bench.main(["bench.py", "nothing"]) == 2
   assert "accuracy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("command", "says"),
+  [
+    (["gemm"], "need a GPU"),
+    (["layer"], "need a GPU"),
+    (["generate", "--decode=1x2x3"], "expected batch x context"),
+    (["generate", "--prefill=axb"], "got 'axb'"),
+    (["quantize", "--plot=x.png"], "no plot"),
+    (["quantize", "--json=no/x.json"], "no such folder"),
+  ],
+)
+def test_refused_before_work(command, says, capsys):
+  assert bench.main(["bench.py", *command]) in (2, 3)
+  error = capsys.readouterr().err.splitlines()
+  assert len(error) == 1 and says in error[0], error
+
+
+def test_names():
+  assert common.names(["b"], ["a", "b"]) == ["b"]
+  with pytest.raises(ConfigError, match="unknown name 'c'"):
+    common.names(["a", "c"], ["a", "b"])
 
 
 def test_table():
@@ -128,7 +151,7 @@ def test_layer_and_ffn_measure_what_they_say(monkeypatch):
   )
   row = layer.measure("tiny", "fireq", 2, 1, 32)
   assert row["us"] == 20
-  config = generate.MODELS["tiny"]
+  config = common.MODELS["tiny"]
   assert config.num_hidden_layers == 2
   codes = (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512) // 2
   cache = 2 * 32 * 2 * (128 // 2 + 1)

@@ -1,5 +1,6 @@
 """The scripts, called as functions and a few times as processes."""
 
+import importlib.util
 import json
 import os
 import random
@@ -129,6 +130,7 @@ def test_a_model_writes_its_own_calibration(source, calib, tmp_path, capsys):
   assert np.load(written).shape == (3, 32)
   assert write_calibration.main([*command, *flags]) == 2
   assert "new .npy" in capsys.readouterr().err
+  assert not list(tmp_path.glob(".written*"))
   more = [f"--calib={written}", "--num_calib=99"]
   assert quantize.main(arguments(source, out, calib, *more)) == 0
   manifest = checkpoint.inspect(out)
@@ -229,6 +231,70 @@ def test_help(script, capsys):
   assert script.main(["x.py", "--help"]) == 0
   printed = capsys.readouterr().out
   assert "--ckpt" in printed and script.__doc__.splitlines()[0] in printed
+
+
+BAD_OUTPUTS = {
+  "no folder": ("{t}/no/x.npy", 2, "no such folder"),
+  "is a folder": ("{t}/folder.npy", 2, "folder"),
+  "not writable": ("{t}/locked/x.npy", 3, "no permission"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OUTPUTS)
+@pytest.mark.parametrize("script", [eval_ppl, write_calibration])
+def test_outputs_are_checked_before_work(
+  name, script, tmp_path, monkeypatch, capsys
+):
+  path, code, says = BAD_OUTPUTS[name]
+  (tmp_path / "locked").mkdir()
+  (tmp_path / "folder.npy").mkdir()
+  monkeypatch.setattr(
+    os, "access", lambda path, mode: "locked" not in str(path)
+  )
+  path = path.format(t=tmp_path)
+  arguments = {
+    eval_ppl: ["--text=none", f"--json={path}"],
+    write_calibration: [f"--out={path}"],
+  }[script]
+  assert script.main(["x.py", "--ckpt=none", *arguments]) == code
+  assert says in capsys.readouterr().err
+
+
+def test_a_plot_needs_matplotlib_before_work(tmp_path, monkeypatch, capsys):
+  find = importlib.util.find_spec
+  monkeypatch.setattr(
+    importlib.util,
+    "find_spec",
+    lambda name, *args: None if name == "matplotlib" else find(name, *args),
+  )
+  command = ["x.py", "--ckpt=none", "--text=none", f"--plot={tmp_path / 'x'}"]
+  assert eval_ppl.main(command) == 3
+  assert "matplotlib" in capsys.readouterr().err
+
+
+def test_calibration_is_written_whole_or_not(source, tmp_path, monkeypatch):
+  written = tmp_path / "written.npy"
+  command = ["x.py", f"--ckpt={source}", f"--out={written}", "--seq_len=16"]
+
+  def fill_the_disk(stream, windows):
+    stream.write(b"some of it")
+    raise OSError(28, "No space left on device")
+
+  def come_second(stream, windows):
+    written.write_text("another's")
+
+  monkeypatch.setattr(
+    write_calibration,
+    "write_windows",
+    lambda model, **options: np.zeros((1, 16), np.int32),
+  )
+  monkeypatch.setattr(np, "save", fill_the_disk)
+  before = digests(tmp_path)
+  assert write_calibration.main(command) == 3
+  assert digests(tmp_path) == before
+  monkeypatch.setattr(np, "save", come_second)
+  assert write_calibration.main(command) == 3
+  assert written.read_text() == "another's"
 
 
 def test_tokenizer_is_needed_for_text_only(

@@ -15,6 +15,8 @@ from fireq_jax.pallas import act_quant, reference
 
 _EPS = 1e-5
 
+NEEDS_HOPPER = True
+
 
 def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_list(
@@ -26,13 +28,14 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> Iterator[common.Row]:
-  for c in map(int, values.channels):
+  tokens = [t for (t,) in common.sizes(values.tokens, "tokens")]
+  for (c,) in common.sizes(values.channels, "channels"):
     for norm in (True, False):
       yield from common.isolated(
         measure,
         c,
         norm=norm,
-        tokens=[int(t) for t in values.tokens],
+        tokens=tokens,
         timeout_s=60,
       )
 

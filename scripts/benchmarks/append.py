@@ -24,6 +24,8 @@ from fireq_jax.kv_cache import init_cache
 from fireq_jax.pallas import reference_attention
 from fireq_jax.pallas.rope_append import rope_append
 
+NEEDS_HOPPER = True
+
 
 def define_flags(values: flags.FlagValues) -> None:
   define_attention_flags(

@@ -3,12 +3,14 @@
 A benchmark is a module with
   define_flags(values)        its absl flags,
   run(values) -> Iterable     one flat or nested dict a row, as measured,
-  plot(rows, axes)            optional: draws the rows on matplotlib axes.
+  plot(rows, axes)            optional: draws the rows on matplotlib axes,
+  NEEDS_HOPPER = True         optional: without such a card there is no run.
 """
 
 import contextlib
 import datetime
 import fcntl
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -26,7 +28,8 @@ from absl import flags
 import fireq_jax
 from fireq_jax import cli
 from fireq_jax.config import LlamaConfig, RopeConfig
-from fireq_jax.errors import ResourceError
+from fireq_jax.errors import ConfigError, ResourceError
+from fireq_jax.pallas.device import require_hopper
 
 Row = dict[str, Any]
 
@@ -35,48 +38,63 @@ def main(benchmark: ModuleType, argv: Sequence[str]) -> int:
   """Runs `benchmark`, prints its table and report; returns the exit code."""
 
   def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string(
-      "json", None, "Write the report here too.", flag_values=values
-    )
-    flags.DEFINE_string(
-      "plot", None, "Write a PNG of the results here.", flag_values=values
-    )
+    define_report_flags(values)
     benchmark.define_flags(values)
 
   def body(values: flags.FlagValues) -> None:
     if values.plot and not hasattr(benchmark, "plot"):
-      raise ResourceError("this benchmark has no plot")
+      raise ConfigError("this benchmark has no plot")
+    check_report_flags(values)
+    card, unfit = isolated(_card, timeout_s=120)
+    if unfit and getattr(benchmark, "NEEDS_HOPPER", False):
+      raise ResourceError(unfit)
     rows = []
     for row in benchmark.run(values):
       rows.append(row)
       print(json.dumps(row), file=sys.stderr)
-    result = report(rows, argv)
+    result = {
+      "card": card,
+      "date": datetime.date.today().isoformat(),
+      "versions": {"fireq_jax": fireq_jax.__version__, "jax": jax.__version__},
+      "command": " ".join(["python scripts/bench.py", *_measured(argv)]),
+      "rows": rows,
+    }
     print(table(rows))
+    if values.json:
+      Path(values.json).write_text(json.dumps(result, indent=1) + "\n")
     if values.plot:
       name = benchmark.__name__.rsplit(".", 1)[-1]
       save_plot(
         lambda rows, figure: benchmark.plot(rows, figure.subplots()),
         rows,
         Path(values.plot),
-        f"{name}, {result['card']}",
+        f"{name}, {card}",
       )
-    if values.json:
-      Path(values.json).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
   body.__module__ = benchmark.__name__  # whose docstring --help prints
   return cli.run(argv, define, body)
 
 
-def report(rows: Sequence[Row], argv: Sequence[str]) -> Row:
-  """The measurement with all that is needed to repeat it."""
-  return {
-    "card": isolated(_card, timeout_s=120),
-    "date": datetime.date.today().isoformat(),
-    "versions": {"fireq_jax": fireq_jax.__version__, "jax": jax.__version__},
-    "command": " ".join(["python scripts/bench.py", *_measured(argv)]),
-    "rows": list(rows),
-  }
+def define_report_flags(values: flags.FlagValues) -> None:
+  """Where else results go than to the standard output."""
+  flags.DEFINE_string(
+    "json", None, "Write the report here too.", flag_values=values
+  )
+  flags.DEFINE_string(
+    "plot", None, "Write a PNG of the results here.", flag_values=values
+  )
+
+
+def check_report_flags(values: flags.FlagValues) -> None:
+  """Raises now what would keep results from being written in the end."""
+  for path in (values.json, values.plot):
+    if path:
+      cli.check_output_file(path)
+  if values.plot and importlib.util.find_spec("matplotlib") is None:
+    raise ResourceError(
+      "plots need matplotlib", hint="pip install 'fireq_jax[plot]'"
+    )
 
 
 def _measured(argv: Sequence[str]) -> Iterable[str]:
@@ -89,8 +107,14 @@ def _measured(argv: Sequence[str]) -> Iterable[str]:
       yield argument
 
 
-def _card() -> str:
-  return jax.devices()[0].device_kind
+def _card() -> tuple[str, str | None]:
+  """The name of the device, and why the kernels cannot run on it."""
+  try:
+    require_hopper()
+    unfit = None
+  except NotImplementedError as error:
+    unfit = str(error)
+  return jax.devices()[0].device_kind, unfit
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -125,17 +149,9 @@ def save_plot(
   path: Path,
   title: str,
 ) -> None:
-  """Writes what `draw(rows, figure)` draws as a PNG.
+  """Writes what `draw(rows, figure)` draws as a PNG."""
+  import matplotlib
 
-  Raises:
-    ResourceError: matplotlib is missing.
-  """
-  try:
-    import matplotlib
-  except ImportError as error:
-    raise ResourceError(
-      "plots need matplotlib", hint="pip install matplotlib"
-    ) from error
   matplotlib.use("Agg")
   from matplotlib import pyplot
 
@@ -258,6 +274,85 @@ def kernel_times(
   return [kernels[i * each : (i + 1) * each] for i in range(calls)]
 
 
+def sizes(texts: Sequence[str], meaning: str) -> list[tuple[int, ...]]:
+  """Numbers from texts such as "16x1024", as many as `meaning` names.
+
+  Raises:
+    ConfigError: not such a text.
+  """
+  result = []
+  for text in texts:
+    parts = text.split("x")
+    if len(parts) != len(meaning.split(" x ")) or not all(
+      part.isdecimal() for part in parts
+    ):
+      raise ConfigError("not a size", expected=meaning, got=repr(text))
+    result.append(tuple(map(int, parts)))
+  return result
+
+
+def names(asked: Sequence[str], known: Iterable[str]) -> list[str]:
+  """Returns `asked`.
+
+  Raises:
+    ConfigError: one of them is not known.
+  """
+  known = list(known)
+  for name in asked:
+    if name not in known:
+      raise ConfigError(
+        f"unknown name {name!r}", expected="one of " + ", ".join(known)
+      )
+  return list(asked)
+
+
+def _llama(
+  hidden: int,
+  ffn: int,
+  layers: int,
+  heads: int,
+  kv_heads: int,
+  head_dim: int,
+  *,
+  vocab_size: int = 128256,
+  theta: float = 500000.0,
+  tied: bool = False,
+) -> LlamaConfig:
+  return LlamaConfig(
+    vocab_size=vocab_size,
+    hidden_size=hidden,
+    intermediate_size=ffn,
+    num_hidden_layers=layers,
+    num_attention_heads=heads,
+    num_key_value_heads=kv_heads,
+    head_dim=head_dim,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=131072,
+    rope=RopeConfig(theta=theta),
+    tie_word_embeddings=tied,
+  )
+
+
+MODELS = {
+  "tiny": _llama(256, 512, 2, 2, 1, 128, vocab_size=512),
+  "llama-3.2-1b": _llama(2048, 8192, 16, 32, 8, 64, tied=True),
+  "llama-2-7b": _llama(
+    4096, 11008, 32, 32, 32, 128, vocab_size=32000, theta=10000.0
+  ),
+  "llama-3-8b": _llama(4096, 14336, 32, 32, 8, 128),
+}
+
+
+def define_model_flags(values: flags.FlagValues, recipe: str) -> None:
+  """The flags of the benchmarks of random models."""
+  flags.DEFINE_enum(
+    "model", "llama-3-8b", list(MODELS), "Which shape.", flag_values=values
+  )
+  flags.DEFINE_string(
+    "recipe", recipe, "Recipe name or file.", flag_values=values
+  )
+
+
 def define_attention_flags(
   values: flags.FlagValues, sizes: Sequence[str], meaning: str
 ) -> None:
@@ -275,12 +370,11 @@ def attention_shapes(
   values: flags.FlagValues,
 ) -> list[tuple[int, int, int, int, int]]:
   """Batch, tokens, query heads, kv heads and head_dim of the rows asked for."""
-  shapes = []
-  for size in values.sizes:
-    batch, tokens = map(int, size.split("x"))
-    heads = (values.q_heads, values.kv_heads, values.head_dim)
-    shapes.append((batch, tokens, *heads))
-  return shapes
+  heads = (values.q_heads, values.kv_heads, values.head_dim)
+  return [
+    (batch, tokens, *heads)
+    for batch, tokens in sizes(values.sizes, "batch x tokens")
+  ]
 
 
 def cache_config(

@@ -21,6 +21,8 @@ from fireq_jax.pallas import kv_layout
 from fireq_jax.pallas.decode_attention import decode_attention
 from fireq_jax.qtensor import quantize_e4m3
 
+NEEDS_HOPPER = True
+
 
 def define_flags(values: flags.FlagValues) -> None:
   define_attention_flags(

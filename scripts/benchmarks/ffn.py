@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from benchmarks import common, generate
+from benchmarks import common
 from benchmarks.gemm import copies, weight
 from fireq_jax.config import LlamaConfig
 from fireq_jax.linear import RMSNorm, linear
+
+NEEDS_HOPPER = True
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -36,16 +38,14 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> Iterable[dict]:
-  for model in values.models:
-    for tokens in values.tokens:
-      yield common.isolated(
-        measure, model, int(tokens), timeout_s=values.timeout
-      )
+  for model in common.names(values.models, common.MODELS):
+    for (tokens,) in common.sizes(values.tokens, "tokens"):
+      yield common.isolated(measure, model, tokens, timeout_s=values.timeout)
 
 
 def measure(model: str, tokens: int) -> dict:
   """One row."""
-  config = generate.MODELS[model]
+  config = common.MODELS[model]
   hidden, ffn = config.hidden_size, config.intermediate_size
   us = _time(config, tokens, quantised=True)
   return {

@@ -28,7 +28,10 @@ SHAPES = {  # n, k
   "llama-3-8b/qkv": (6144, 4096),
   "llama-3-8b/o": (4096, 4096),
 }
+MODES = ("e4m3", "bf16", "w4a16", "gated")
 _ROTATED_BYTES = 200e6
+
+NEEDS_HOPPER = True
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -42,22 +45,25 @@ def define_flags(values: flags.FlagValues) -> None:
     flag_values=values,
   )
   flags.DEFINE_list(
-    "modes", ["e4m3", "bf16", "w4a16", "gated"],
+    "modes",
+    list(MODES),
     "Scale dtype with e4m3 activations, bf16 activations, or gate and up.",
     flag_values=values,
-  )  # fmt: skip
+  )
 
 
 def run(values: flags.FlagValues) -> Iterator[common.Row]:
-  for name in values.shapes:
+  tokens = [m for (m,) in common.sizes(values.tokens, "tokens")]
+  modes = common.names(values.modes, MODES)
+  for name in common.names(values.shapes, SHAPES):
     n, k = SHAPES[name]
     try:
       yield from common.isolated(
         measure,
         n,
         k,
-        tokens=[int(t) for t in values.tokens],
-        modes=list(values.modes),
+        tokens=tokens,
+        modes=modes,
         timeout_s=150,
       )
     except ResourceError as error:

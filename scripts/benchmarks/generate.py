@@ -17,10 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from benchmarks.common import isolated, turn
+from benchmarks.common import (
+  MODELS,
+  define_model_flags,
+  isolated,
+  sizes,
+  turn,
+)
 from fireq_jax import kv_cache
 from fireq_jax import recipe as recipes
-from fireq_jax.config import GenerateConfig, LlamaConfig, RopeConfig
+from fireq_jax.config import GenerateConfig, LlamaConfig
 from fireq_jax.generate import generate
 from fireq_jax.models.llama import Params, abstract_params
 from fireq_jax.prepare import prepare_head, prepare_layer
@@ -31,50 +37,8 @@ COPY_BYTES_PER_SECOND = 4.25e12  # of an H200, read plus written
 FEW, MANY = 8, 72  # new tokens of the two calls whose difference is timed
 
 
-def _llama(
-  hidden: int,
-  ffn: int,
-  layers: int,
-  heads: int,
-  kv_heads: int,
-  head_dim: int,
-  *,
-  vocab_size: int = 128256,
-  theta: float = 500000.0,
-  tied: bool = False,
-) -> LlamaConfig:
-  return LlamaConfig(
-    vocab_size=vocab_size,
-    hidden_size=hidden,
-    intermediate_size=ffn,
-    num_hidden_layers=layers,
-    num_attention_heads=heads,
-    num_key_value_heads=kv_heads,
-    head_dim=head_dim,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=131072,
-    rope=RopeConfig(theta=theta),
-    tie_word_embeddings=tied,
-  )
-
-
-MODELS = {
-  "tiny": _llama(256, 512, 2, 2, 1, 128, vocab_size=512),
-  "llama-3.2-1b": _llama(2048, 8192, 16, 32, 8, 64, tied=True),
-  "llama-2-7b": _llama(
-    4096, 11008, 32, 32, 32, 128, vocab_size=32000, theta=10000.0
-  ),
-  "llama-3-8b": _llama(4096, 14336, 32, 32, 8, 128),
-}
-
-
 def define_flags(values: flags.FlagValues) -> None:
-  flags.DEFINE_enum(
-    "model", "llama-3-8b", list(MODELS), "Which shape.", flag_values=values
-  )
-  flags.DEFINE_string(
-    "recipe", "best", "Recipe name or file.", flag_values=values
-  )
+  define_model_flags(values, recipe="best")
   flags.DEFINE_list(
     "decode",
     ["1x1024", "16x1024", "128x1024"],
@@ -105,21 +69,24 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> Iterable[dict]:
-  for measure, sizes in (
-    (_decode, values.decode),
-    (_prefill, values.prefill),
-    (_first_call, values.first_call),
-  ):
-    for size in sizes:
-      batch, length = map(int, size.split("x"))
-      yield measure(
-        values.model,
-        values.recipe,
-        batch,
-        length,
-        chunk=values.prefill_chunk,
-        timeout_s=values.timeout,
-      )
+  rows = [
+    (measure, *size)
+    for measure, asked, meaning in (
+      (_decode, values.decode, "batch x context"),
+      (_prefill, values.prefill, "batch x prompt"),
+      (_first_call, values.first_call, "batch x prompt"),
+    )
+    for size in sizes(asked, meaning)
+  ]
+  for measure, batch, length in rows:
+    yield measure(
+      values.model,
+      values.recipe,
+      batch,
+      length,
+      chunk=values.prefill_chunk,
+      timeout_s=values.timeout,
+    )
 
 
 def _decode(*args, **options) -> dict:

@@ -20,19 +20,11 @@ from fireq_jax.models.llama import forward
 
 FEW, MANY = 2, 4  # layers of the two models
 STEPS = 16
+NEEDS_HOPPER = True
 
 
 def define_flags(values: flags.FlagValues) -> None:
-  flags.DEFINE_enum(
-    "model",
-    "llama-3-8b",
-    list(generate.MODELS),
-    "Which shape.",
-    flag_values=values,
-  )
-  flags.DEFINE_string(
-    "recipe", "fireq", "Recipe name or file.", flag_values=values
-  )
+  common.define_model_flags(values, recipe="fireq")
   flags.DEFINE_list(
     "sizes",
     ["1x1x1024", "4x1x1024", "16x1x1024", "128x1x1024", "16x1024x0"],
@@ -45,12 +37,12 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> Iterable[dict]:
-  for size in values.sizes:
+  for size in common.sizes(values.sizes, "batch x tokens x held"):
     yield common.isolated(
       measure,
       values.model,
       values.recipe,
-      *map(int, size.split("x")),
+      *size,
       timeout_s=values.timeout,
     )
 
@@ -79,7 +71,7 @@ def measure(
 
 def _model(model, recipe, layers, batch, tokens, context):
   """Microseconds, launches and bytes of a step of a model of some layers."""
-  config = dataclasses.replace(generate.MODELS[model], num_hidden_layers=layers)
+  config = dataclasses.replace(common.MODELS[model], num_hidden_layers=layers)
   kv = recipes.load(recipe).kv
   params = generate.random_params(config, recipes.load(recipe))
   steps = STEPS if tokens == 1 else 1

@@ -28,6 +28,8 @@ from fireq_jax.pallas import prefill_attention as prefill
 from fireq_jax.pallas.rope_append import rope_append
 from fireq_jax.qtensor import quantize_e4m3
 
+NEEDS_HOPPER = True
+
 
 def define_flags(values: flags.FlagValues) -> None:
   define_attention_flags(

@@ -4,6 +4,7 @@ Writes a randomly initialised Hugging Face folder of the named shape, then
 runs scripts/quantize.py on it in a process of its own.
 """
 
+import dataclasses
 import json
 import resource
 import subprocess
@@ -19,58 +20,18 @@ import numpy as np
 from absl import flags
 from safetensors.numpy import save_file
 
+from benchmarks import common
+from fireq_jax.config import LlamaConfig
 from fireq_jax.errors import ResourceError
-
-_LLAMA_3 = {
-  "model_type": "llama",
-  "hidden_act": "silu",
-  "attention_bias": False,
-  "mlp_bias": False,
-  "rms_norm_eps": 1e-5,
-  "rope_theta": 500000.0,
-  "max_position_embeddings": 8192,
-  "vocab_size": 128256,
-  "tie_word_embeddings": False,
-  "torch_dtype": "bfloat16",
-  "bos_token_id": 128000,
-  "eos_token_id": 128001,
-}
-
-
-def _shape(hidden, ffn, layers, heads, kv_heads, **other):
-  return _LLAMA_3 | {
-    "hidden_size": hidden,
-    "intermediate_size": ffn,
-    "num_hidden_layers": layers,
-    "num_attention_heads": heads,
-    "num_key_value_heads": kv_heads,
-    **other,
-  }
-
-
-MODELS = {
-  "tiny": _shape(
-    256, 512, 2, 2, 1, vocab_size=512, bos_token_id=0, eos_token_id=1
-  ),
-  "llama-3.2-1b": _shape(
-    2048, 8192, 16, 32, 8, tie_word_embeddings=True, head_dim=64
-  ),
-  "llama-3-8b": _shape(4096, 14336, 32, 32, 8),
-}
 
 
 def define_flags(values: flags.FlagValues) -> None:
-  flags.DEFINE_enum(
-    "model", "llama-3-8b", list(MODELS), "Which shape.", flag_values=values
-  )
+  common.define_model_flags(values, recipe="fireq")
   flags.DEFINE_integer(
     "layers",
     None,
     "This many; default: those of the model.",
     flag_values=values,
-  )
-  flags.DEFINE_string(
-    "recipe", "fireq", "Recipe name or file.", flag_values=values
   )
   flags.DEFINE_string(
     "dir",
@@ -87,7 +48,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> Iterable[dict]:
-  config = dict(MODELS[values.model])
+  config = hf_config(common.MODELS[values.model])
   if values.layers:
     config["num_hidden_layers"] = values.layers
   with tempfile.TemporaryDirectory(dir=values.dir) as work:
@@ -130,6 +91,18 @@ def run(values: flags.FlagValues) -> Iterable[dict]:
     }
 
 
+def hf_config(config: LlamaConfig) -> dict:
+  """The `config.json` of a model."""
+  values = dataclasses.asdict(config)
+  other = ("rope", "bos_token_id", "eos_token_ids")
+  return {name: x for name, x in values.items() if name not in other} | {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "rope_theta": config.rope.theta,
+    "torch_dtype": "bfloat16",
+  }
+
+
 def _folder_bytes(folder: Path) -> int:
   return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
@@ -170,7 +143,7 @@ def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 def _parts(c: dict) -> Iterable[dict[str, tuple[int, ...]]]:
   """Tensor shapes of each shard: the embedding, every layer, the head."""
   d, f, v = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
-  h = c.get("head_dim", d // c["num_attention_heads"])
+  h = c["head_dim"]
   q, k = c["num_attention_heads"] * h, c["num_key_value_heads"] * h
   yield {"model.embed_tokens.weight": (v, d)}
   for i in range(c["num_hidden_layers"]):
