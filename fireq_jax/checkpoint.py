@@ -11,6 +11,7 @@ orbax does not promise is here: value checks, and an overwrite that at every
 instant leaves either the old or the new checkpoint under the final name.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -318,9 +319,8 @@ def _check(folder: Path, verify: bool) -> Manifest:
       raise CheckpointError(
         "file differs from what was written", where=file, hint=_DAMAGED
       )
-  if verify:
-    for _ in _read_parts(folder, manifest, verify=True):
-      pass
+  if verify:  # a deque of length 0 holds no part while the next is read
+    collections.deque(_read_parts(folder, manifest, verify=True), maxlen=0)
   return manifest
 
 
@@ -405,6 +405,7 @@ def _read_parts(
             hint=_DAMAGED,
           )
     yield part
+    del part
 
 
 def _restore(folder: Path, template: Mapping[str, np.ndarray]) -> Any:

@@ -23,6 +23,9 @@ Params = dict[str, Any]
 
 # Calibration windows that run through a layer at once.
 _WINDOWS = 8
+# Bytes moved to the device at once. A GPU's runtime holds as much pinned host
+# memory as was ever in flight, and gives none of it back.
+_BLOCK = 1 << 27
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,16 +323,16 @@ def _best(
   kv: KVFormat,
 ) -> tuple[Params, list[jax.Array]]:
   """The first of the layers of least error, and its outputs."""
-
-  def error(candidate: tuple[Params, list[jax.Array]]) -> float:
-    _, outputs = candidate
-    errors = [len(x) * _error(x, y) for x, y in zip(outputs, wanted)]
-    total = float(sum(errors))
-    return np.inf if np.isnan(total) else total
-
   run = functools.partial(_run, config=config, kv=kv)
-  candidates = [(layer, [run(layer, x) for x in inputs]) for layer in layers]
-  return min(candidates, key=error)
+  outputs: list[list[jax.Array]] = [
+    [run(layer, x) for x in inputs] for layer in layers
+  ]
+  errors = [
+    float(sum(len(x) * _error(x, y) for x, y in zip(got, wanted)))
+    for got in outputs
+  ]
+  least = np.argmin(np.nan_to_num(errors, nan=np.inf))
+  return layers[least], outputs[least]
 
 
 _error = offline.jit(tune.relative_error)
@@ -393,7 +396,8 @@ def _embed(table: jax.Array, tokens: np.ndarray) -> list[jax.Array]:
 
 def _checked(tree: Params, where: str) -> Params:
   """Returns the tree as JAX arrays, all float and finite."""
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+
+  def check(path, leaf):
     name = "/".join(str(key.key) for key in path if hasattr(key, "key"))
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       raise QuantizationError(
@@ -401,10 +405,26 @@ def _checked(tree: Params, where: str) -> Params:
         where=f"{where} {name}",
         got=str(leaf.dtype),
       )
-    leaf = jnp.asarray(leaf)
+    leaf = _on_device(leaf)
     bad = leaf.size - int(jnp.isfinite(leaf).sum())
     if bad:
       raise QuantizationError(
         "weights are not finite", where=f"{where} {name}", got=f"{bad} of them"
       )
-  return jax.tree.map(jnp.asarray, tree)
+    return leaf
+
+  return jax.tree_util.tree_map_with_path(check, tree)
+
+
+def _on_device(x: np.ndarray | jax.Array) -> jax.Array:
+  """The same as a JAX array; a transposed view is transposed over there."""
+  if isinstance(x, jax.Array):
+    return x
+  if not x.flags.c_contiguous and x.T.flags.c_contiguous:
+    return _on_device(x.T).T
+  rows = max(1, _BLOCK * len(x) // x.nbytes)
+  blocks = [
+    jax.block_until_ready(jnp.asarray(x[i : i + rows]))
+    for i in range(0, len(x), rows)
+  ]
+  return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks)
