@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -416,25 +417,45 @@ def test_machine_too_small(source, calib, tmp_path, monkeypatch, capsys):
   assert "disk space" in capsys.readouterr().err
 
 
-def start(command: list[str]) -> subprocess.Popen:
+def start(command: list[str], cwd: Path | None = None) -> subprocess.Popen:
   return subprocess.Popen(
-    [sys.executable, str(ROOT / "scripts" / command[0]), *command[1:]],
+    [sys.executable, *command],
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
+    cwd=cwd,
     env=os.environ
     | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "COLUMNS": "80"},
   )
 
 
-def test_as_a_process(tmp_path):
+def script(name: str) -> str:
+  return str(ROOT / "scripts" / name)
+
+
+def test_readme(tmp_path):
+  """Its first command, and what it shows in Python, as processes."""
   child = start(
-    ["quantize.py", "--ckpt=demo", f"--out={tmp_path / 'out'}", "--seq_len=64"]
+    [script("quantize.py"), "--ckpt=demo", "--seq_len=64"], cwd=tmp_path
   )
-  printed, errors = child.communicate(timeout=300)
+  _, errors = child.communicate(timeout=300)
   assert child.returncode == 0 and errors == ""
-  assert checkpoint.inspect(tmp_path / "out").config.vocab_size == 4096
-  child = start(["inspect_ckpt.py", f"--ckpt={tmp_path}"])
+  manifest = checkpoint.inspect(tmp_path / "demo-fireq")
+  assert manifest.config.vocab_size == 4096
+  examples = re.findall(
+    r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+  )
+  assert len(examples) == 3
+  child = start(["-c", "\n".join(examples)], cwd=tmp_path)
+  printed, errors = child.communicate(timeout=300)
+  assert child.returncode == 0, errors
+  assert len(printed.split()) > 10
+  made = checkpoint.inspect(tmp_path / "demo-w4a16", verify=True)
+  assert made.recipe.name == "w4a16"
+
+
+def test_an_error_is_the_exit_code_of_a_process(tmp_path):
+  child = start([script("inspect_ckpt.py"), f"--ckpt={tmp_path}"])
   _, errors = child.communicate(timeout=60)
   assert child.returncode == 2 and errors.count("\n") == 1
 
@@ -444,6 +465,7 @@ def test_interrupted_processes_leave_nothing_partial(source, calib, tmp_path):
   """Signals at random moments: no output or a complete one."""
   out = tmp_path / "out"
   command = arguments(source, out, calib)
+  process = [script(command[0]), *command[1:]]
   rng = random.Random(2)
   for number, code in (
     (signal.SIGINT, 130),
@@ -451,7 +473,7 @@ def test_interrupted_processes_leave_nothing_partial(source, calib, tmp_path):
     (signal.SIGKILL, -9),
     (signal.SIGKILL, -9),
   ):
-    child = start(command)
+    child = start(process)
     assert child.stdout is not None
     child.stdout.readline()  # the plan: signals are handled from here on
     time.sleep(rng.uniform(0, 3))

@@ -1,6 +1,7 @@
 """What generate() promises, on a model small enough to check by hand."""
 
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,6 @@ import numpy_llama
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from fireq_jax import generate as generation
 from fireq_jax.config import (
   GenerateConfig,
   KVFormat,
@@ -19,6 +19,8 @@ from fireq_jax.config import (
 from fireq_jax.errors import ConfigError, DataError
 from fireq_jax.generate import generate, generate_stream, pad_prompts
 from fireq_jax.models.llama import init_params
+
+generation = importlib.import_module("fireq_jax.generate")
 
 CONFIG = LlamaConfig(
   vocab_size=29,
