@@ -7,27 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_llama
 from benchmarks.generate import random_params
 
 from fireq_jax import kv_cache
 from fireq_jax import recipe as recipes
-from fireq_jax.config import LlamaConfig, RopeConfig
 from fireq_jax.models import llama_layers
 from fireq_jax.models.llama import forward
 from fireq_jax.pallas import reference
 
-CONFIG = LlamaConfig(
-  vocab_size=64,
+CONFIG = small_llama.config(
   hidden_size=2048,
   intermediate_size=2048,
   num_hidden_layers=2,
   num_attention_heads=16,
   num_key_value_heads=2,
   head_dim=128,
-  rms_norm_eps=1e-5,
-  max_position_embeddings=64,
-  rope=RopeConfig(theta=10000.0),
-  tie_word_embeddings=False,
 )
 RECIPE = recipes.load("best")
 

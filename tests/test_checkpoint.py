@@ -14,9 +14,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import small_llama
 
 from fireq_jax import atomic, checkpoint, recipe
-from fireq_jax.config import LlamaConfig, RopeConfig
 from fireq_jax.errors import CheckpointError, FireQError, ResourceError
 from fireq_jax.manifest import MANIFEST
 from fireq_jax.models.llama import abstract_params
@@ -26,17 +26,13 @@ pytestmark = pytest.mark.filterwarnings(
   "ignore::pytest.PytestUnraisableExceptionWarning"
 )
 
-CONFIG = LlamaConfig(
+CONFIG = small_llama.config(
   vocab_size=96,
   hidden_size=64,
   intermediate_size=128,
   num_hidden_layers=2,
-  num_attention_heads=2,
-  num_key_value_heads=1,
   head_dim=32,
-  rms_norm_eps=1e-5,
   max_position_embeddings=128,
-  rope=RopeConfig(theta=1e4),
   tie_word_embeddings=True,
   eos_token_ids=(1, 2),
 )

@@ -7,26 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_llama
 
 from fireq_jax import recipe
 from fireq_jax.checkpoint import Checkpoint
-from fireq_jax.config import LlamaConfig, RopeConfig
 from fireq_jax.errors import DataError
 from fireq_jax.evaluate import cut_text, evaluate
 from fireq_jax.models import llama
 
-CONFIG = LlamaConfig(
-  vocab_size=50,
-  hidden_size=32,
-  intermediate_size=32,
-  num_hidden_layers=1,
-  num_attention_heads=1,
-  num_key_value_heads=1,
-  head_dim=32,
-  rms_norm_eps=1e-5,
-  max_position_embeddings=64,
-  rope=RopeConfig(theta=1e4),
-  tie_word_embeddings=False,
+CONFIG = small_llama.config(
+  vocab_size=50, intermediate_size=32, num_attention_heads=1, head_dim=32
 )
 
 

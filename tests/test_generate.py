@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_llama
 import pytest
+import small_llama
 from jax.sharding import AxisType, PartitionSpec
 
 from fireq_jax.config import (
   GenerateConfig,
   KVFormat,
-  LlamaConfig,
-  RopeConfig,
 )
 from fireq_jax.errors import ConfigError, DataError
 from fireq_jax.generate import generate, generate_stream, pad_prompts
@@ -22,19 +21,7 @@ from fireq_jax.models.llama import init_params
 
 generation = importlib.import_module("fireq_jax.generate")
 
-CONFIG = LlamaConfig(
-  vocab_size=29,
-  hidden_size=32,
-  intermediate_size=48,
-  num_hidden_layers=1,
-  num_attention_heads=2,
-  num_key_value_heads=1,
-  head_dim=16,
-  rms_norm_eps=1e-5,
-  max_position_embeddings=64,
-  rope=RopeConfig(theta=10000.0),
-  tie_word_embeddings=False,
-)
+CONFIG = small_llama.config(vocab_size=29)
 PARAMS = jax.tree.map(
   lambda x: x * 12 if x.ndim == 2 else x,
   init_params(CONFIG, jax.random.key(3), jnp.float32),

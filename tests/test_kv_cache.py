@@ -8,21 +8,17 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import small_llama
 
 from fireq_jax import kv_cache
-from fireq_jax.config import KVFormat, LlamaConfig, RopeConfig
+from fireq_jax.config import KVFormat
 
-CONFIG = LlamaConfig(
+CONFIG = small_llama.config(
   vocab_size=8,
-  hidden_size=32,
   intermediate_size=32,
   num_hidden_layers=3,
   num_attention_heads=4,
   num_key_value_heads=2,
-  head_dim=16,
-  rms_norm_eps=1e-5,
-  max_position_embeddings=64,
-  rope=RopeConfig(theta=10000.0),
   tie_word_embeddings=True,
 )
 SCALES = {

@@ -7,26 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_llama
 import pytest
+import small_llama
 from flax import nnx
 
-from fireq_jax.config import KVFormat, LlamaConfig, RopeConfig
+from fireq_jax.config import KVFormat, RopeConfig
 from fireq_jax.errors import ConfigError
 from fireq_jax.kv_cache import init_cache
 from fireq_jax.models import llama, llama_layers
 from fireq_jax.qtensor import QTensor, pack_int4
 
-GQA = LlamaConfig(
+GQA = small_llama.config(
   vocab_size=61,
-  hidden_size=32,
-  intermediate_size=48,
   num_hidden_layers=2,
   num_attention_heads=4,
   num_key_value_heads=2,
-  head_dim=16,
-  rms_norm_eps=1e-5,
-  max_position_embeddings=64,
-  rope=RopeConfig(theta=10000.0),
-  tie_word_embeddings=False,
 )
 MODELS = {
   "gqa": GQA,

@@ -2,23 +2,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_llama
 
 from fireq_jax import outliers
-from fireq_jax.config import LlamaConfig, RopeConfig
 from fireq_jax.errors import ConfigError
 from fireq_jax.models import llama
 
-CONFIG = LlamaConfig(
-  vocab_size=64,
+CONFIG = small_llama.config(
   hidden_size=96,
   intermediate_size=128,
   num_hidden_layers=2,
   num_attention_heads=4,
   num_key_value_heads=2,
   head_dim=32,
-  rms_norm_eps=1e-5,
-  max_position_embeddings=64,
-  rope=RopeConfig(theta=1e4),
   tie_word_embeddings=True,
 )
 PARAMS = llama.init_params(CONFIG, jax.random.key(0))

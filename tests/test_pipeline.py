@@ -7,27 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_llama
 
 from fireq_jax import pipeline, solve
 from fireq_jax import recipe as recipes
-from fireq_jax.config import KVFormat, LlamaConfig, RopeConfig
+from fireq_jax.config import KVFormat
 from fireq_jax.errors import ConfigError, QuantizationError
 from fireq_jax.models import llama
 from fireq_jax.pipeline import LayerReport, Source, quantize_model
 from fireq_jax.qtensor import QTensor
 from fireq_jax.recipe import Override, Recipe, Solver, WeightFormat
 
-CONFIG = LlamaConfig(
-  vocab_size=64,
+CONFIG = small_llama.config(
   hidden_size=128,
   intermediate_size=256,
   num_hidden_layers=2,
   num_attention_heads=4,
   num_key_value_heads=2,
   head_dim=64,
-  rms_norm_eps=1e-5,
-  max_position_embeddings=64,
-  rope=RopeConfig(theta=1e4),
   tie_word_embeddings=True,
 )
 PARAMS = llama.init_params(CONFIG, jax.random.key(0))

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_llama
 
-from fireq_jax.config import KVFormat, LlamaConfig, RopeConfig
+from fireq_jax.config import KVFormat
 from fireq_jax.errors import ConfigError
 from fireq_jax.models.llama import forward, init_params
 from fireq_jax.pallas.layouts import PackedInt4
@@ -20,17 +21,12 @@ KEEP_V = Override(layers=(0,), projections=("v_proj", "gate_proj"))
 
 
 def quantised(weight, ffn=128, overrides=()):
-  config = LlamaConfig(
-    vocab_size=64,
+  config = small_llama.config(
     hidden_size=64,
     intermediate_size=ffn,
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    head_dim=16,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=64,
-    rope=RopeConfig(theta=10000.0),
     tie_word_embeddings=True,
   )
   params = init_params(config, jax.random.key(0))

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import small_llama
 
 from fireq_jax import checkpoint
 from fireq_jax import recipe as recipes
-from fireq_jax.config import GenerateConfig, LlamaConfig, RopeConfig
+from fireq_jax.config import GenerateConfig
 from fireq_jax.errors import ConfigError, QuantizationError
 from fireq_jax.generate import generate
 from fireq_jax.loading import load_model
@@ -21,18 +22,8 @@ from fireq_jax.prepare import prepare
 from fireq_jax.qtensor import QTensor
 from fireq_jax.recipe import Override, Recipe, Solver, WeightFormat
 
-CONFIG = LlamaConfig(
-  vocab_size=192,
-  hidden_size=128,
-  intermediate_size=256,
-  num_hidden_layers=1,
-  num_attention_heads=2,
-  num_key_value_heads=1,
-  head_dim=64,
-  rms_norm_eps=1e-5,
-  max_position_embeddings=64,
-  rope=RopeConfig(theta=1e4),
-  tie_word_embeddings=False,
+CONFIG = small_llama.config(
+  vocab_size=192, hidden_size=128, intermediate_size=256, head_dim=64
 )
 TOKENS = np.random.default_rng(0).integers(0, 192, (2, 7), np.int32)
 BF16_INPUTS = WeightFormat(group=64, scale="bf16", activation="bf16")

@@ -1,31 +1,25 @@
 import dataclasses
 
 import pytest
+import small_llama
 import yaml
 
 from fireq_jax import recipe as recipes
-from fireq_jax.config import KVFormat, LlamaConfig, RopeConfig
+from fireq_jax.config import KVFormat, LlamaConfig
 from fireq_jax.errors import ConfigError
 from fireq_jax.recipe import KeyScaling, Override, Recipe, WeightFormat
 
 
 def config(**changes) -> LlamaConfig:
-  return LlamaConfig(
-    **dict(
-      vocab_size=64,
-      hidden_size=256,
-      intermediate_size=384,
-      num_hidden_layers=3,
-      num_attention_heads=4,
-      num_key_value_heads=2,
-      head_dim=64,
-      rms_norm_eps=1e-5,
-      max_position_embeddings=64,
-      rope=RopeConfig(theta=1e4),
-      tie_word_embeddings=False,
-    )
-    | changes
-  )
+  sizes = {
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+  }
+  return small_llama.config(**sizes | changes)
 
 
 @pytest.mark.parametrize("name", recipes.presets())

@@ -4,27 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy_llama
+import small_llama
 
 from fireq_jax import recipe
 from fireq_jax.checkpoint import Checkpoint
-from fireq_jax.config import LlamaConfig, RopeConfig
 from fireq_jax.models.llama import init_params
 from fireq_jax.selftext import write_windows
 
-CONFIG = LlamaConfig(
-  vocab_size=29,
-  hidden_size=32,
-  intermediate_size=48,
-  num_hidden_layers=1,
-  num_attention_heads=2,
-  num_key_value_heads=1,
-  head_dim=16,
-  rms_norm_eps=1e-5,
-  max_position_embeddings=64,
-  rope=RopeConfig(theta=10000.0),
-  tie_word_embeddings=False,
-  eos_token_ids=(3,),
-)
+CONFIG = small_llama.config(vocab_size=29, eos_token_ids=(3,))
 PARAMS = jax.tree.map(
   lambda x: x * 20 if x.ndim == 2 else x,
   init_params(CONFIG, jax.random.key(3), jnp.float32),

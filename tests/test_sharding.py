@@ -6,20 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_llama
 from jax.sharding import AxisType, PartitionSpec
 
 from fireq_jax import checkpoint, kv_cache, pipeline, recipe, sharding
 from fireq_jax.config import (
   GenerateConfig,
   KVFormat,
-  LlamaConfig,
-  RopeConfig,
 )
 from fireq_jax.errors import ConfigError
 from fireq_jax.generate import generate
 from fireq_jax.models import llama
 
-CONFIG = LlamaConfig(
+CONFIG = small_llama.config(
   vocab_size=256,
   hidden_size=128,
   intermediate_size=256,
@@ -27,10 +26,7 @@ CONFIG = LlamaConfig(
   num_attention_heads=8,
   num_key_value_heads=4,
   head_dim=32,
-  rms_norm_eps=1e-5,
   max_position_embeddings=128,
-  rope=RopeConfig(theta=1e4),
-  tie_word_embeddings=False,
 )
 # INT4 weights in every way to split them; no activation is rounded to few bits,
 # so that results depend on the order of sums only in their last bits.

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_llama
 
 from fireq_jax import keys as key_scaling
 from fireq_jax import rotate, smooth
 from fireq_jax.calibrate import window_stats
-from fireq_jax.config import LlamaConfig, RopeConfig
+from fireq_jax.config import LlamaConfig
 from fireq_jax.models import llama, llama_layers
 from fireq_jax.recipe import ChannelScaling, KeyScaling
 from fireq_jax.rope import apply_rope, cos_sin
@@ -19,22 +20,15 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 12)), "int32")
 
 
 def make_config(**changes) -> LlamaConfig:
-  return LlamaConfig(
-    **dict(
-      vocab_size=64,
-      hidden_size=96,
-      intermediate_size=128,
-      num_hidden_layers=2,
-      num_attention_heads=6,
-      num_key_value_heads=2,
-      head_dim=32,
-      rms_norm_eps=1e-5,
-      max_position_embeddings=64,
-      rope=RopeConfig(theta=1e4),
-      tie_word_embeddings=False,
-    )
-    | changes
-  )
+  sizes = {
+    "hidden_size": 96,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+  }
+  return small_llama.config(**sizes | changes)
 
 
 CONFIGS = {
