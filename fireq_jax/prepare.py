@@ -9,11 +9,10 @@ are. Execution parameters are never stored.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from fireq_jax.errors import ConfigError
-from fireq_jax.pallas.layouts import pack_int4_weights
-from fireq_jax.qtensor import QTensor, unpack_int4
+from fireq_jax.pallas.layouts import has_minus_8, pack_int4_weights
+from fireq_jax.qtensor import QTensor
 
 Params = dict[str, Any]
 
@@ -81,8 +80,7 @@ def _pack(
     return
   for part in parts:
     del block[part]
-  minus_8 = any(bool(_has_minus_8(w.codes)) for w in weights)
-  packed = _pack_weights(weights, gated=gated, asymmetric=minus_8)
+  packed = _pack_weights(weights, gated=gated, asymmetric=has_minus_8(weights))
   block[name] = {"kernel": packed}
 
 
@@ -99,4 +97,3 @@ def _fit_together(weights: list[Any]) -> bool:
 _pack_weights = jax.jit(
   pack_int4_weights, static_argnames=("gated", "asymmetric")
 )
-_has_minus_8 = jax.jit(lambda codes: jnp.any(unpack_int4(codes) == -8))

@@ -102,7 +102,10 @@ def pack_int4_weights(
 
 def has_minus_8(weights: Sequence[QTensor]) -> bool:
   """Whether a code is -8: decides the encoding, so needs concrete values."""
-  return any(bool((unpack_int4(w.codes) == -8).any()) for w in weights)
+  return any(bool(_has_minus_8(w.codes)) for w in weights)
+
+
+_has_minus_8 = jax.jit(lambda codes: jnp.any(unpack_int4(codes) == -8))
 
 
 def unpack_codes(w: PackedInt4) -> jax.Array:
