@@ -1,22 +1,28 @@
 """Measures the tiles of fireq_jax/pallas/tunings.json again, on this card.
 
-Usage: python scripts/tune_int4_matmul.py >fireq_jax/pallas/tunings.json
+  python scripts/tune_int4_matmul.py
 
-Each tuning runs on a weight that gives every CTA the same number of tiles, so
+Replaces the file unless --out names another one. Each tuning runs on a weight that gives every CTA the same number of tiles, so
 that its time is a constant for the call and a cost for each block of 128
 columns.
 """
 
+import dataclasses
 import datetime
 import json
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from absl import flags
 from benchmarks import common, gemm
 
 from fireq_jax import cli
+from fireq_jax.errors import ResourceError
 from fireq_jax.pallas import tunings
+from fireq_jax.pallas.device import require_hopper
 from fireq_jax.pallas.int4_matmul import int4_matmul
 from fireq_jax.qtensor import quantize_e4m3
 
@@ -26,7 +32,21 @@ WIDTH = 4096
 TILES = 2  # of a CTA
 
 
-def main() -> int:
+def define_flags(values: flags.FlagValues) -> None:
+  flags.DEFINE_string(
+    "out",
+    str(Path(tunings.__file__).with_name("tunings.json")),
+    "Where the table goes.",
+    flag_values=values,
+  )
+
+
+def run(values: flags.FlagValues) -> None:
+  cli.check_output_file(values.out)
+  try:
+    require_hopper()
+  except NotImplementedError as error:
+    raise ResourceError(str(error)) from error
   rows = []
   for tuning, known in tunings.table():
     n = tuning.rows * tuning.ctas * TILES
@@ -34,8 +54,7 @@ def main() -> int:
     for mode in known:
       us = _us(tuning, n, MODES[mode])
       ns[mode] = round(1e3 * (us - CALL_US) / (TILES * WIDTH / 128))
-    names = ("tile_t", "rows", "stages", "blocks", "interleave")
-    rows.append({name: getattr(tuning, name) for name in names} | {"ns": ns})
+    rows.append(dataclasses.asdict(tuning) | {"ns": ns})
     print(rows[-1], file=sys.stderr)
   table = {
     "card": jax.devices()[0].device_kind,
@@ -43,8 +62,8 @@ def main() -> int:
     "command": "python scripts/tune_int4_matmul.py",
     "rows": rows,
   }
-  print(json.dumps(table, indent=1))
-  return 0
+  Path(values.out).write_text(json.dumps(table, indent=1) + "\n")
+  print(f"wrote         {values.out}")
 
 
 def _us(tuning, n, mode):
@@ -61,6 +80,10 @@ def _us(tuning, n, mode):
     lambda w, x, x_scale: int4_matmul(x, w, x_scale, tuning=tuning)
   )
   return common.device_us(call, [(w, x, x_scale) for w in weights])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  return cli.run(argv, define_flags, run)
 
 
 if __name__ == "__main__":

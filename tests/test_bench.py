@@ -16,6 +16,7 @@ from benchmarks import common
 from fireq_jax import pipeline, recipe
 from fireq_jax.errors import ConfigError, ResourceError
 from fireq_jax.loading import load_model
+from fireq_jax.pallas import tunings
 from fireq_jax.prepare import prepare
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +91,28 @@ def test_names():
   assert common.names(["b"], ["a", "b"]) == ["b"]
   with pytest.raises(ConfigError, match="unknown name 'c'"):
     common.names(["a", "c"], ["a", "b"])
+
+
+def test_tuning_the_matmul_writes_a_table_it_can_read(
+  tmp_path, monkeypatch, capsys
+):
+  """With one time in place of a card's clock."""
+  import tune_int4_matmul as tune
+
+  out = tmp_path / "tunings.json"
+  assert tune.main(["tune.py", f"--out={out}"]) == 3
+  assert "need a GPU" in capsys.readouterr().err and not out.exists()
+  monkeypatch.setattr(tune, "require_hopper", lambda: None)
+  monkeypatch.setattr(tune, "_us", lambda *args: tune.CALL_US + 6.4)
+  assert tune.main(["tune.py", f"--out={out}"]) == 0
+  known = tunings.table()
+  rows = json.loads(out.read_text())["rows"]
+  assert [
+    tunings.Tuning(**{k: v for k, v in row.items() if k != "ns"})
+    for row in rows
+  ] == [tuning for tuning, _ in known]
+  for row, (_, ns) in zip(rows, known):
+    assert row["ns"] == dict.fromkeys(ns, 100)
 
 
 def test_table():
