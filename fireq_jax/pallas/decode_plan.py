@@ -5,6 +5,8 @@ import dataclasses
 from fireq_jax.config import check
 from fireq_jax.pallas.int4_fragments import TOKENS
 
+_CONSUMERS = 3
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
@@ -14,14 +16,16 @@ class Tuning:
     block: cached tokens of one step of the ring, a multiple of 128.
     stages: steps of all rings, a multiple of `consumers`.
     consumers: warpgroups that compute.
-    splits: parts into which a sequence is cut; None chooses by `plan`.
-    team: consumers that share an item, all or 1; None chooses by `plan`.
+    splits: parts into which a sequence is cut.
+    team: consumers that share an item, all or 1.
     ctas: persistent CTAs, one a multiprocessor.
+
+  What is None is chosen by `plan`.
   """
 
   block: int = 128
-  stages: int = 9
-  consumers: int = 3
+  stages: int | None = None
+  consumers: int | None = None
   splits: int | None = None
   team: int | None = None
   ctas: int = 132
@@ -32,13 +36,14 @@ class Tuning:
       "decode block must be a positive multiple of 128",
       got=self.block,
     )
+    consumers = self.consumers or _CONSUMERS
     check(
-      self.consumers in (1, 2, 3) and self.stages % self.consumers == 0,
+      consumers in (1, 2, 3) and (self.stages or consumers) % consumers == 0,
       "decode stages must be a multiple of 1, 2 or 3 consumers",
       got=f"{self.stages} and {self.consumers}",
     )
     check(
-      self.team in (None, 1, self.consumers),
+      self.team in (None, 1, consumers),
       "a decode team is one consumer or all of them",
       got=self.team,
     )
@@ -56,25 +61,32 @@ def plan(items: int, blocks: int, tuning: Tuning) -> Tuning:
     tuning: what it leaves open is chosen.
   """
   block_time, alone = 2.8, 0.4  # in a consumer; to load, at the very least
+  consumers = tuning.consumers or _CONSUMERS
+  stages = tuning.stages or 3 * consumers
 
   def cost(choice):
     splits, team = choice
     edge = 3 if team == 1 else 6  # to begin and to merge an item
     share = -(-blocks // splits)
     busy = -(-items * splits // tuning.ctas)  # items of a CTA
-    rounds = -(-busy // (tuning.consumers // team))
+    rounds = -(-busy // (consumers // team))
     compute = rounds * (-(-share // team) * block_time + edge)
-    fill = alone * min(share, tuning.stages)
+    fill = alone * min(share, stages)
     load = busy * share * max(min(items * splits / tuning.ctas, 1), alone)
     combine = 3 + splits / 16 if splits > 1 else 0
     return max(compute + fill, load + edge) + combine
 
   most = max(1, min(blocks, tuning.ctas))
-  splits = [tuning.splits] if tuning.splits else range(1, most + 1)
-  teams = [tuning.team] if tuning.team else [tuning.consumers]
-  choices = [(s, t) for t in teams for s in splits]
+  shares = [tuning.splits] if tuning.splits else range(1, most + 1)
+  teams = [tuning.team] if tuning.team else [consumers]
+  choices = [(s, t) for t in teams for s in shares]
   # Not measured with longer sequences or several splits.
-  if tuning.team is None and 1 in splits and blocks <= 16:
+  if tuning.team is None and 1 in shares and blocks <= 16:
     choices.append((1, 1))
-  best = min(choices, key=cost)
-  return dataclasses.replace(tuning, splits=best[0], team=best[1])
+  splits, team = min(choices, key=cost)
+  is_open = (tuning.stages, tuning.consumers, tuning.team) == (None,) * 3
+  if is_open and (splits, team) == (1, 3) and blocks <= 16:
+    consumers, stages, team = 2, 8, 2  # which are merged sooner
+  return dataclasses.replace(
+    tuning, stages=stages, consumers=consumers, splits=splits, team=team
+  )

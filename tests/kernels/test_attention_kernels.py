@@ -106,8 +106,13 @@ def test_decode(head_dim, heads, queries, query, scale):
   padding = np.arange(queries) >= counts[:, None]
   want[padding] = 0
   plain = reference_attention.decode_attention(*operands)
-  for splits, team in ((1, 3), (5, 3), (3, 1)):
-    tuning = decode_attention.Tuning(splits=splits, team=team)
+  for tuning in (
+    decode_attention.Tuning(),
+    decode_attention.Tuning(splits=1, team=3),
+    decode_attention.Tuning(splits=5, team=3),
+    decode_attention.Tuning(splits=3, team=1),
+    decode_attention.Tuning(splits=1, team=2, consumers=2),
+  ):
     got = decode_attention.decode_attention(*operands, tuning=tuning)
     ours, theirs = errors(got, plain, want)
     assert (ours <= 2 * theirs + SLACK).all(), (ours, theirs)

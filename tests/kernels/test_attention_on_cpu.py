@@ -150,6 +150,7 @@ def test_tuning_is_checked():
   for wrong in (
     {"block": 100},
     {"stages": 10},
+    {"stages": 9, "consumers": 2},
     {"consumers": 4},
     {"team": 2},
   ):
@@ -163,14 +164,16 @@ def test_tuning_is_checked():
 def test_plan_fills_the_card():
   def plan(items, blocks):
     tuning = decode_attention.plan(items, blocks, decode_attention.Tuning())
+    assert tuning.stages % tuning.consumers == 0
     return tuning.splits, tuning.team
 
   assert plan(512, 64) == (1, 3)
+  assert plan(128, 9) == (1, 2)
   splits, team = plan(8, 512)
   assert 8 * splits in range(120, 133) and team == 3
   assert plan(1024, 9) == (1, 1)
   assert plan(1, 1)[0] == 1
-  chosen = decode_attention.Tuning(splits=7, team=1)
+  chosen = decode_attention.Tuning(splits=7, team=1, stages=6, consumers=3)
   assert decode_attention.plan(512, 64, chosen) == chosen
 
 
@@ -194,6 +197,7 @@ def test_kernels_compile_without_spills(tmp_path, monkeypatch):
       (decode, decode_operands(1, 4, 32, 8, 64, 65536, query=BF16)),
       (decode, decode_operands(16, 1, 32, 32, 128, 4096, scale=E4M3)),
       (decode, decode_operands(128, 1, 32, 8, 128, 1024)),
+      (decode, decode_operands(16, 1, 32, 8, 128, 1024)),
       (prefill, prefill_operands(1, 4096, 32, 8, 128, 4096)),
       (prefill, prefill_operands(2, 300, 8, 8, 64, 512)),
       (bf16, bf16_operands(1, 4096, 32, 8, 128, 4096)),
@@ -201,7 +205,7 @@ def test_kernels_compile_without_spills(tmp_path, monkeypatch):
     ],
     tmp_path,
   )
-  assert len(reports) == 8
+  assert len(reports) == 9
   for report in reports:
     assert report.spilled_bytes == 0 and not report.serialised_wgmma
   # The second splits sequences, with two parts to an item: were the compiler
