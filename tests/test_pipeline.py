@@ -188,6 +188,14 @@ def test_degenerate_calibration_gives_finite_models(name, tokens):
   assert np.isfinite(logits(params)).all()
 
 
+@pytest.mark.parametrize("shape", [(7,), (33, 40), (3, 500)])
+def test_weights_reach_the_device_whole(monkeypatch, shape):
+  monkeypatch.setattr(pipeline, "_BLOCK", 1000)
+  x = np.random.default_rng(0).normal(size=shape).astype(np.float16)
+  for view in (x, x.T, x[::2], jnp.asarray(x)):
+    np.testing.assert_array_equal(pipeline._on_device(view), view)
+
+
 def with_kernel(value, name="v_proj", layer=1):
   params = jax.tree.map(lambda x: x, PARAMS)
   attn = params["model"]["layers"][layer]["self_attn"]
