@@ -217,7 +217,9 @@ def forward(
     cache = KVCache(layers=layer_caches, lengths=cache.lengths + counts)
 
   with jax.named_scope("lm_head"):
-    if last_only:
+    if last_only and x.shape[1] == 1:
+      x = x[:, 0]
+    elif last_only:
       last = jnp.maximum(counts - 1, 0)
       x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     tied = "lm_head" not in params
