@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fireq_jax.codebook import nearest_codes, search_scales
+from fireq_jax.codebook import nearest, nearest_codes, search_scales
 from fireq_jax.gptq import gptq
 
 E4M3 = ml_dtypes.float8_e4m3fn
@@ -30,14 +30,16 @@ def test_nearest_codes_are_nearest_for_every_scale(lowest, dtype):
   weight = (
     rng.normal(size=(len(scales), 200)) * 4 * scales.astype(np.float64)[:, None]
   ).astype(np.float32)
-  codes = np.asarray(
-    nearest_codes(weight, jnp.asarray(scales)[:, None], lowest=lowest)
+  codes, values = (
+    np.asarray(x)
+    for x in nearest(weight, jnp.asarray(scales)[:, None], lowest=lowest)
   )
   table = values_of(np.arange(lowest, 8)[None], scales[:, None])
   best = np.abs(table[:, None, :] - weight[:, :, None]).min(-1)
   chosen = np.take_along_axis(table, codes.astype(int) - lowest, axis=1)
   assert codes.min() >= lowest and codes.max() <= 7
   np.testing.assert_array_equal(np.abs(chosen - weight), best)
+  np.testing.assert_array_equal(values, chosen.astype(np.float32))
 
 
 def test_scale_search_finds_the_best_of_all_e4m3_scales():

@@ -155,6 +155,28 @@ def test_the_error_falls_and_formats_stay(name):
     assert 0 < (codes != unpack_int4(old.codes)).mean() < 0.5
 
 
+@pytest.mark.parametrize(
+  "spec", ["btc,nc->btn", "btc,cn->btn", "bkrh,bksh->bkrs", "bkrs,bksh->bkrh"]
+)
+def test_products_have_the_gradients_of_einsum(spec):
+  rng = np.random.default_rng(0)
+  sizes = dict(zip("btcnkrsh", (2, 3, 4, 5, 2, 6, 7, 4)))
+  first, second, out = (
+    jnp.asarray(rng.normal(size=[sizes[i] for i in part]), jnp.float32)
+    for part in spec.replace("->", ",").split(",")
+  )
+  total = lambda einsum: lambda a, b: (einsum(spec, a, b) * out).sum()
+  got, want = (
+    jax.grad(total(einsum), argnums=(0, 1))(first, second)
+    for einsum in (tune._einsum, jnp.einsum)
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+    got,
+    want,
+  )
+
+
 def test_the_cache_s_scale_passes_gradients():
   """codes x scale, scale = max|x| / 7: the largest channel carries the
   rounding errors of all others."""
