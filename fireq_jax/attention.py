@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from fireq_jax import kv_cache
-from fireq_jax.config import Implementation
+from fireq_jax.config import Implementation, check_implementation
 from fireq_jax.kv_cache import KeyValues, LayerCache
 from fireq_jax.pallas import decode_attention as decode
 from fireq_jax.pallas import kv_layout, prefill_bf16, prefill_operands
@@ -47,6 +47,7 @@ def attention(
   Raises:
     NotImplementedError: the kernel asked for by name cannot run this.
   """
+  check_implementation(implementation)
   if implementation != "xla":
     try:
       out = _mosaic_attention(q, q_scale, kv, starts, counts)

@@ -50,12 +50,17 @@ from fireq_jax.config import check
 from fireq_jax.pallas import prefill_fragments as fragments
 from fireq_jax.pallas.inline import fence_async_proxy, load, swizzled
 from fireq_jax.pallas.kv_layout import WEIGHT_ROWS
+from fireq_jax.pallas.prefill_tiles import (
+  ROWS,
+  pass_over,
+  size_of_tile,
+  tiles_seen,
+)
 
 _L = plgpu.Layout
 _ROW = _L.WGMMA.reduce(1)
 _F8 = jnp.float8_e4m3fn
 _CHUNK = 1024  # tokens whose sums stay in tensor cores, which keep 14 bits
-_ROWS = 128  # query rows of an item: 64 a consumer
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +73,7 @@ class Tuning:
     ctas: persistent CTAs, one a multiprocessor.
   """
 
-  block_kv: int = 128
+  block_kv: int = 192
   stages: int = 2
   ctas: int = 132
 
@@ -121,6 +126,8 @@ def prefill_attention(
   """
   supported(q, k)
   length = q.shape[1]
+  if tuning is None:
+    tuning = Tuning(block_kv=size_of_tile(k.shape[2]))
 
   def pad(x, multiple):
     rows = (0, -length % multiple)
@@ -128,7 +135,7 @@ def prefill_attention(
 
   out = _kernel(
     pad(q, 8),  # TMA copies eight rows at a time
-    pad(q_scale, _ROWS),
+    pad(q_scale, ROWS),
     k,
     v,
     weights,
@@ -136,7 +143,7 @@ def prefill_attention(
     unit,
     counts,
     starts + counts,
-    tuning=tuning or Tuning(),
+    tuning=tuning,
   )
   return out[:, :length]
 
@@ -169,7 +176,7 @@ def _kernel(
   group = n // kv_heads
   bk, stages = tuning.block_kv, tuning.stages
   chunk_tiles = max(_CHUNK // bk, 1)
-  tiles = -(-t // _ROWS)
+  tiles = -(-t // ROWS)
   items = batch * n * tiles
   ctas = min(tuning.ctas, items)
   rounds = -(-items // ctas)
@@ -189,14 +196,9 @@ def _kernel(
       column = jnp.where(lax.rem(i, 2) == 0, cta, ctas - 1 - cta)
       item = i * ctas + column
       b = lax.rem(lax.div(item, n), batch)
-      row = (tiles - 1 - lax.div(item, n * batch)) * _ROWS
+      row = (tiles - 1 - lax.div(item, n * batch)) * ROWS
       ql, kl = ql_gmem[lax.min(b, batch - 1)], kl_gmem[lax.min(b, batch - 1)]
       return item < items, b, lax.rem(item, n), row, ql, kl
-
-    def count(row, rows, ql, kl):
-      """kv tiles that rows row .. row + rows - 1 see."""
-      last = lax.min(row + rows, ql) + kl - ql
-      return jnp.where(row < ql, lax.div(last + bk - 1, bk), 0)
 
     @pl.when(wg == 2)
     def produce():
@@ -206,7 +208,7 @@ def _kernel(
         issued, q_tiles = carry
         live, b, head, row, ql, kl = place(i)
         kv_head = lax.div(head, group)
-        tiles_kv = jnp.where(live, count(row, _ROWS, ql, kl), 0)
+        tiles_kv = jnp.where(live, tiles_seen(row, ROWS, ql, kl, bk), 0)
 
         @pl.when(tiles_kv > 0)
         def _():
@@ -278,9 +280,9 @@ def _kernel(
 
       def item(i, done):
         live, b, head, row, ql, kl = place(i)
-        tiles_kv = jnp.where(live, count(row, _ROWS, ql, kl), 0)
+        tiles_kv = jnp.where(live, tiles_seen(row, ROWS, ql, kl, bk), 0)
         row = row + 64 * wg
-        mine = jnp.where(live, count(row, 64, ql, kl), 0)
+        mine = jnp.where(live, tiles_seen(row, 64, ql, kl, bk), 0)
         first = kl - ql + row  # the last token that the first row sees
         # tiles before the diagonal, seen whole by every row
         whole = lax.min(mine, lax.div(lax.max(first + 1, 0), bk))
@@ -400,16 +402,8 @@ def _kernel(
             plgpu.ACC((64, bk), jnp.float32),
           )
 
-        def pass_over(j, _):
-          stage = stage_of(j)
-          plgpu.barrier_wait(turn.at[wg])
-          plgpu.barrier_arrive(turn.at[1 - wg])
-          plgpu.barrier_wait(k_full.at[stage])
-          plgpu.barrier_arrive(k_empty.at[stage])
-          plgpu.barrier_wait(v_full.at[stage])
-          plgpu.barrier_arrive(v_empty.at[stage])
-
-        lax.fori_loop(mine, tiles_kv, pass_over, None)
+        rings = (k_full, k_empty), (v_full, v_empty)
+        pass_over(mine, tiles_kv, wg, turn, rings, stage_of)
 
         @pl.when((tiles_kv > 0) & (mine == 0))
         def _():

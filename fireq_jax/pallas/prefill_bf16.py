@@ -23,12 +23,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from fireq_jax.pallas import prefill_fragments as fragments
 from fireq_jax.pallas.inline import fence_async_proxy, swizzled
+from fireq_jax.pallas.prefill_tiles import (
+  ROWS,
+  pass_over,
+  size_of_tile,
+  tiles_seen,
+)
 
 _L = plgpu.Layout
 _ROW = _L.WGMMA.reduce(1)
-_ROWS = 128  # query rows of a CTA: 64 a consumer
-_TILE = 128  # kv tokens of a tile
 _STAGES = 2  # tiles of k and of v in flight or in use
 
 
@@ -85,23 +90,18 @@ def prefill_attention(
 def _kernel(q, k, v, q_lengths, kv_lengths):
   batch, t, n, h = q.shape
   group = n // k.shape[1]
-  tiles = -(-t // _ROWS)
+  tile = size_of_tile(k.shape[2])
+  tiles = -(-t // ROWS)
 
   def kernel(
     q_gmem, k_gmem, v_gmem, ql_gmem, kl_gmem, o_gmem, *, q_smem, k_smem, v_smem,
-    o_smem, q_full, k_full, k_empty, v_full, v_empty, turn,
+    q_full, k_full, k_empty, v_full, v_empty, turn,
   ):  # fmt: skip
     wg = lax.axis_index("wg")
     head, b = lax.axis_index("head"), lax.axis_index("b")
-    row = (tiles - 1 - lax.axis_index("tile")) * _ROWS  # longest first
+    row = (tiles - 1 - lax.axis_index("tile")) * ROWS  # longest first
     ql, kl = ql_gmem[b], kl_gmem[b]
-
-    def count(row, rows):
-      """kv tiles that rows row .. row + rows - 1 see."""
-      last = lax.min(row + rows, ql) + kl - ql
-      return jnp.where(row < ql, lax.div(last + _TILE - 1, _TILE), 0)
-
-    total = count(row, _ROWS)
+    total = tiles_seen(row, ROWS, ql, kl, tile)
     stage_of = lambda j: lax.rem(j, _STAGES)
 
     @pl.when(wg == 2)
@@ -119,7 +119,7 @@ def _kernel(q, k, v, q_lengths, kv_lengths):
 
       def step(j, _):
         stage = stage_of(j)
-        tokens = pl.ds(j * _TILE, _TILE)
+        tokens = pl.ds(j * tile, tile)
         for source, ring, full, empty in (
           (k_gmem, k_smem, k_full, k_empty),
           (v_gmem, v_smem, v_full, v_empty),
@@ -146,14 +146,12 @@ def _kernel(q, k, v, q_lengths, kv_lengths):
     def consume():
       plgpu.set_max_registers(240, action="increase")
       mine_row = row + 64 * wg
-      mine = count(mine_row, 64)
+      mine = tiles_seen(mine_row, 64, ql, kl, tile)
       first = kl - ql + mine_row  # the last token that the first row sees
       # tiles before the diagonal, seen whole by every row
-      whole = lax.min(mine, lax.div(lax.max(first + 1, 0), _TILE))
+      whole = lax.min(mine, lax.div(lax.max(first + 1, 0), tile))
       by_row = lambda x, like: lax.broadcast_in_dim(x, like.shape, (0,))
-      iota = lambda shape, axis, layout: plgpu.broadcasted_iota(
-        jnp.int32, shape, axis, layout=layout
-      )
+      row_of = plgpu.broadcasted_iota(jnp.int32, (64,), 0, layout=_ROW)
       zeros = lambda shape, layout, dtype=jnp.float32: plgpu.layout_cast(
         jnp.zeros(shape, dtype), layout
       )
@@ -170,7 +168,7 @@ def _kernel(q, k, v, q_lengths, kv_lengths):
       def _():
         def attend(o_ref, s_ref):
           def qk(j):
-            s_ref[...] = zeros((64, _TILE), _L.WGMMA)
+            s_ref[...] = zeros((64, tile), _L.WGMMA)
             plgpu.wgmma(s_ref, q_smem.at[wg], k_smem.at[stage_of(j)].T)
 
           def pv(p, j):
@@ -180,9 +178,7 @@ def _kernel(q, k, v, q_lengths, kv_lengths):
             plgpu.barrier_arrive(k_empty.at[stage_of(j)])
             x = x * (math.log2(math.e) * h**-0.5)
             if masked:
-              limit = iota((64,), 0, _ROW) + (first - j * _TILE)
-              token = iota(x.shape, 1, _L.WGMMA)
-              x = jnp.where(token <= by_row(limit, x), x, -jnp.inf)
+              x = fragments.masked(x, row_of + first - j * tile)
             return x
 
           def body(j, carry, masked):
@@ -224,26 +220,19 @@ def _kernel(q, k, v, q_lengths, kv_lengths):
           pv(p, mine - 1)
           o = plgpu.wgmma_accumulator_load(o_ref, wait_n=0)
           plgpu.barrier_arrive(v_empty.at[stage_of(mine - 1)])
-          real = iota((64,), 0, _ROW) < ql - mine_row
+          real = row_of < ql - mine_row
           factor = jnp.where(real, 1 / weight, 0.0)
-          o_smem.at[wg][...] = (o * by_row(factor, o)).astype(jnp.bfloat16)
+          # Nothing reads the queries any more.
+          q_smem.at[wg][...] = (o * by_row(factor, o)).astype(jnp.bfloat16)
 
         pl.run_scoped(
           attend,
           plgpu.ACC((64, h), jnp.float32),
-          plgpu.ACC((64, _TILE), jnp.float32),
+          plgpu.ACC((64, tile), jnp.float32),
         )
 
-      def pass_over(j, _):
-        stage = stage_of(j)
-        plgpu.barrier_wait(turn.at[wg])
-        plgpu.barrier_arrive(turn.at[1 - wg])
-        plgpu.barrier_wait(k_full.at[stage])
-        plgpu.barrier_arrive(k_empty.at[stage])
-        plgpu.barrier_wait(v_full.at[stage])
-        plgpu.barrier_arrive(v_empty.at[stage])
-
-      lax.fori_loop(mine, total, pass_over, None)
+      rings = (k_full, k_empty), (v_full, v_empty)
+      pass_over(mine, total, wg, turn, rings, stage_of)
 
       @pl.when((wg == 0) & (total > 0))
       def _():
@@ -251,11 +240,11 @@ def _kernel(q, k, v, q_lengths, kv_lengths):
 
       @pl.when(mine == 0)
       def _():
-        o_smem.at[wg][...] = zeros((64, h), _L.WGMMA, jnp.bfloat16)
+        q_smem.at[wg][...] = zeros((64, h), _L.WGMMA, jnp.bfloat16)
 
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(
-        o_smem.at[wg], o_gmem.at[b, pl.ds(mine_row, 64), head]
+        q_smem.at[wg], o_gmem.at[b, pl.ds(mine_row, 64), head]
       )
       plgpu.wait_smem_to_gmem(0)
 
@@ -269,9 +258,8 @@ def _kernel(q, k, v, q_lengths, kv_lengths):
     thread_name="wg",
     scratch_types=dict(
       q_smem=swizzled((2, 64, h), bf16),
-      k_smem=swizzled((_STAGES, _TILE, h), bf16),
-      v_smem=swizzled((_STAGES, _TILE, h), bf16),
-      o_smem=swizzled((2, 64, h), bf16),
+      k_smem=swizzled((_STAGES, tile, h), bf16),
+      v_smem=swizzled((_STAGES, tile, h), bf16),
       q_full=plgpu.Barrier(num_arrivals=2),
       k_full=plgpu.Barrier(num_barriers=_STAGES),
       k_empty=plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
