@@ -13,6 +13,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,8 +51,10 @@ def staging(target: Path) -> Iterator[Path]:
         continue
       try:
         yield folder / "new"
-      finally:
-        shutil.rmtree(folder, ignore_errors=True)
+      except BaseException:
+        _remove_for_good(folder)
+        raise
+      shutil.rmtree(folder, ignore_errors=True)
       return
 
 
@@ -81,6 +84,17 @@ def publish(folder: Path, target: Path, *, overwrite: bool) -> None:
       ) from error
   _flush(target.parent)
   shutil.rmtree(backup_path(target), ignore_errors=True)
+
+
+def _remove_for_good(folder: Path) -> None:
+  """Removes what threads that a failure abandoned may write to for a while."""
+  absent = 0
+  for _ in range(100):
+    shutil.rmtree(folder, ignore_errors=True)
+    absent = 0 if folder.exists() else absent + 1
+    if absent == 3:
+      return
+    time.sleep(0.05)
 
 
 @contextlib.contextmanager

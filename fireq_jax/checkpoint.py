@@ -15,10 +15,12 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +35,7 @@ from fireq_jax.config import LlamaConfig
 from fireq_jax.errors import CheckpointError, ResourceError, disk_errors
 from fireq_jax.manifest import MANIFEST, Leaf, Manifest
 from fireq_jax.models.llama import abstract_params
+from fireq_jax.plan import size
 from fireq_jax.recipe import Recipe
 
 Params = Any
@@ -222,8 +225,8 @@ def check_destination(
     raise ResourceError(
       "too little disk space",
       where=parent,
-      expected=f"{needed_bytes / 1e9:.2f} GB",
-      got=f"{free / 1e9:.2f} GB",
+      expected=size(needed_bytes),
+      got=size(free),
     )
   return target
 
@@ -453,6 +456,9 @@ def _disk_errors(where: Path) -> Iterator[None]:
     with disk_errors(where):
       yield
   except ValueError as error:
-    if "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error):
-      raise ResourceError("no space left on disk", where=where) from error
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    if number:
+      raise ResourceError(os.strerror(int(number[1])), where=where) from error
+    if "RESOURCE_EXHAUSTED" in str(error):
+      raise ResourceError(os.strerror(errno.ENOSPC), where=where) from error
     raise

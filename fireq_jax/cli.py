@@ -6,6 +6,7 @@ interrupted, 1 a bug of ours (the only case that prints a traceback).
 
 import contextlib
 import inspect
+import logging
 import os
 import signal
 import sys
@@ -46,7 +47,8 @@ def run(
       return 0
     with _signals_as_exceptions(signals), _one_line_warnings():
       _parse(argv, values)
-      body(values)
+      with contextlib.nullcontext() if values.debug else _quiet_libraries():
+        body(values)
       sys.stdout.flush()
     return 0
   except BrokenPipeError:  # the reader left, as in `... | head`
@@ -129,6 +131,26 @@ def _one_line_warnings() -> Iterator[None]:
   with warnings.catch_warnings():
     warnings.showwarning = show
     yield
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+  """Leaves errors to their one line.
+
+  When a disk is full, orbax also logs a traceback, and the event loop that it
+  abandons causes one for every array not yet written.
+  """
+  loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+  levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+  for logger in loggers:
+    logger.setLevel(logging.CRITICAL)
+  sys.unraisablehook = lambda _: None
+  try:
+    yield
+  finally:
+    for logger, level in zip(loggers, levels):
+      logger.setLevel(level)
+    sys.unraisablehook = hook
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """A checkpoint is either exactly what was saved, or refused."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -310,21 +312,53 @@ def test_destination_checks(tmp_path):
     checkpoint.check_destination(tmp_path / "file" / "under")
 
 
-def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  ("failure", "says"),
+  [
+    ("RESOURCE_EXHAUSTED: [os_error_code='28']", "No space left"),
+    ("RESOURCE_EXHAUSTED: ... No space left on device", "No space left"),
+    ("OUT_OF_RANGE: ... [os_error_code='27']", "File too large"),
+    ("[os_error_code='122']", "quota"),
+  ],
+)
+def test_full_disk_leaves_nothing(failure, says, tmp_path, monkeypatch):
   def full(*args, **kwargs):
-    raise ValueError("RESOURCE_EXHAUSTED: ... No space left on device")
+    raise ValueError(failure)
 
   save(tmp_path / "old", seed=0)
   monkeypatch.setattr(checkpoint.ocp, "save", full)
-  with pytest.raises(ResourceError, match="no space"):
+  with pytest.raises(ResourceError, match=says):
     save(tmp_path / "new")
-  with pytest.raises(ResourceError, match="no space"):
+  with pytest.raises(ResourceError, match=says):
     save(tmp_path / "old", seed=1, overwrite=True)
   assert [p.name for p in tmp_path.iterdir()] == ["old"]
   monkeypatch.undo()
   assert as_bytes(checkpoint.load(tmp_path / "old").params) == as_bytes(
     random_params(0)
   )
+
+
+def test_nothing_is_left_by_threads_that_write_on(tmp_path, monkeypatch):
+  """As orbax has them when one of its arrays fails."""
+  threads = []
+
+  def fail(folder, tree):
+    def write_on():
+      for i in range(20):
+        with contextlib.suppress(OSError):
+          Path(folder, str(i)).mkdir(parents=True)
+        time.sleep(0.01)
+
+    threads.append(threading.Thread(target=write_on))
+    threads[0].start()
+    time.sleep(0.02)
+    raise ValueError("[os_error_code='28']")
+
+  monkeypatch.setattr(checkpoint.ocp, "save", fail)
+  with pytest.raises(ResourceError):
+    save(tmp_path / "c")
+  threads[0].join()
+  assert not list(tmp_path.iterdir())
 
 
 def test_overwrite_without_exchange(tmp_path, monkeypatch):
