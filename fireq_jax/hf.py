@@ -29,6 +29,7 @@ from fireq_jax.errors import (
   UnsupportedError,
   disk_errors,
 )
+from fireq_jax.manifest import MANIFEST
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -212,8 +213,11 @@ def _find_shards(
         where=folder / pickles[0],
         hint="convert it to safetensors",
       )
+    ours = MANIFEST in names
     raise CheckpointError(
-      "no .safetensors file", where=folder, hint="wrong folder?"
+      "no .safetensors file",
+      where=folder,
+      hint="the model is quantised already" if ours else "wrong folder?",
     )
   if INDEX in names:
     weight_map = _weight_map(folder / INDEX)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 
 from fireq_jax import cli
@@ -55,26 +54,26 @@ def run(values: flags.FlagValues) -> None:
     top_k=values.top_k,
   )
 
-  def answer(prompt: list[int], turn: int = 0) -> str:
+  def answer(prompt: list[int], before: str = "", turn: int = 0) -> str:
     """Prints the continuation as it comes, and its speed; returns it."""
-    tokens, lengths = map(jnp.asarray, pad_prompts([prompt]))
+    steps = generate_stream(
+      params,
+      *pad_prompts([prompt]),
+      config=model.config,
+      kv=model.recipe.kv,
+      options=options,
+      key=jax.random.fold_in(jax.random.key(values.seed), turn),
+      temperature=values.temperature,
+      top_p=values.top_p,
+    )
     times = []
 
     def new_tokens() -> Iterator[int]:
-      for step in generate_stream(
-        params,
-        tokens,
-        lengths,
-        config=model.config,
-        kv=model.recipe.kv,
-        options=options,
-        key=jax.random.fold_in(jax.random.key(values.seed), turn),
-        temperature=values.temperature,
-        top_p=values.top_p,
-      ):
+      for step in steps:
         times.append(time.perf_counter())
         yield int(step.tokens[0])
 
+    print(before, end="")
     pieces = []
     for piece in tokenizer.stream(new_tokens()):
       print(piece, end="", flush=True)
@@ -86,8 +85,7 @@ def run(values: flags.FlagValues) -> None:
     return "".join(pieces)
 
   if not values.chat:
-    print(values.prompt, end="")
-    answer(tokenizer.encode(values.prompt))
+    answer(tokenizer.encode(values.prompt), before=values.prompt)
     return
   messages = []
   while line := _ask():

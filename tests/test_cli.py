@@ -84,6 +84,8 @@ def test_every_script_on_one_model(source, calib, tmp_path, capsys):
   assert manifest.calibration["windows"] == 2
   for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
     assert (out / name).read_bytes() == (source / name).read_bytes()
+  assert quantize.main(arguments(out, tmp_path / "again", calib)) == 2
+  assert "quantised already" in capsys.readouterr().err
 
   prompt = ["--prompt=ab", "--max_new_tokens=5"]
   texts = []
@@ -323,8 +325,10 @@ def test_generate_refuses(source, capsys):
     (["--prompt=a", "--max_new_tokens=5000"], ""),
   ):
     assert generate.main([*base, *flags]) == 2
-    error = capsys.readouterr().err.splitlines()
+    printed = capsys.readouterr()
+    error = printed.err.splitlines()
     assert len(error) == 1 and says in error[0], error
+    assert printed.out == ""
 
 
 def test_chat(make_hf_checkpoint, monkeypatch, capsys):
