@@ -93,8 +93,8 @@ class _State:
 
 def generate(
   params: Params,
-  tokens: jax.Array,
-  lengths: jax.Array,
+  tokens: jax.Array | np.ndarray,
+  lengths: jax.Array | np.ndarray,
   *,
   config: LlamaConfig,
   kv: KVFormat,
@@ -156,8 +156,8 @@ def generate(
 
 def generate_stream(
   params: Params,
-  tokens: jax.Array,
-  lengths: jax.Array,
+  tokens: jax.Array | np.ndarray,
+  lengths: jax.Array | np.ndarray,
   *,
   config: LlamaConfig,
   kv: KVFormat,
