@@ -226,7 +226,7 @@ def _check_request(
   lengths: Any,
   config: LlamaConfig,
   options: GenerateConfig,
-  key: jax.Array | None,
+  key: Any,
   temperature: Any,
   top_p: Any,
 ) -> _Request:
@@ -234,28 +234,8 @@ def _check_request(
   ids, sizes, heat, nucleus = map(
     _values, (tokens, lengths, temperature, top_p)
   )
-  for name, x in (("tokens", ids), ("lengths", sizes)):
-    if not np.issubdtype(x.dtype, np.integer):
-      raise DataError(f"{name} must be integers", got=x.dtype)
-  if ids.ndim != 2 or not ids.size or sizes.shape != ids.shape[:1]:
-    raise DataError(
-      "prompts cannot be used",
-      expected="tokens [B, P] and lengths [B], B and P at least 1",
-      got=f"{ids.shape} and {sizes.shape}",
-    )
+  _check_prompts(ids, sizes, config)
   batch, width = ids.shape
-  if _known(sizes) and not ((sizes >= 1) & (sizes <= width)).all():
-    raise DataError(
-      "a prompt is empty or longer than its row",
-      expected=f"lengths of 1 to {width}",
-      got=sizes.tolist(),
-    )
-  if _known(ids) and not ((ids >= 0) & (ids < config.vocab_size)).all():
-    raise DataError(
-      "a token id is outside the vocabulary",
-      expected=f"0 to {config.vocab_size - 1}",
-      got=f"{ids.min()} to {ids.max()}",
-    )
   _check_options(options, config, width)
   if _known(sizes):
     check(
@@ -284,9 +264,45 @@ def _check_request(
       got=nucleus.tolist(),
     )
   greedy = _known(heat) and not heat.any()
-  if key is None:
-    check(greedy, "sampling needs a key")
-    key = jax.random.key(0)
+  check(greedy or key is not None, "sampling needs a key")
+  per_row = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.float32), batch)
+  return _Request(
+    tokens=jnp.asarray(ids, jnp.int32),
+    lengths=jnp.asarray(sizes, jnp.int32),
+    keys=_keys(jax.random.key(0) if key is None else key, batch),
+    temperature=None if greedy else per_row(heat),
+    top_p=per_row(nucleus),
+  )
+
+
+def _check_prompts(ids: Any, sizes: Any, config: LlamaConfig) -> None:
+  """Raises unless `ids` are prompts of `sizes` tokens of the vocabulary."""
+  for name, x in (("tokens", ids), ("lengths", sizes)):
+    if not np.issubdtype(x.dtype, np.integer):
+      raise DataError(f"{name} must be integers", got=x.dtype)
+  if ids.ndim != 2 or not ids.size or sizes.shape != ids.shape[:1]:
+    raise DataError(
+      "prompts cannot be used",
+      expected="tokens [B, P] and lengths [B], B and P at least 1",
+      got=f"{ids.shape} and {sizes.shape}",
+    )
+  width = ids.shape[1]
+  if _known(sizes) and not ((sizes >= 1) & (sizes <= width)).all():
+    raise DataError(
+      "a prompt is empty or longer than its row",
+      expected=f"lengths of 1 to {width}",
+      got=sizes.tolist(),
+    )
+  if _known(ids) and not ((ids >= 0) & (ids < config.vocab_size)).all():
+    raise DataError(
+      "a token id is outside the vocabulary",
+      expected=f"0 to {config.vocab_size - 1}",
+      got=f"{ids.min()} to {ids.max()}",
+    )
+
+
+def _keys(key: Any, batch: int) -> jax.Array:
+  """Returns typed PRNG keys [batch] from one, or from one of each row."""
   check(
     isinstance(key, jax.Array | np.ndarray),
     "key must be a PRNG key",
@@ -300,14 +316,7 @@ def _check_request(
     "key must be a scalar or have one key per row",
     got=key.shape,
   )
-  per_row = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.float32), batch)
-  return _Request(
-    tokens=jnp.asarray(ids, jnp.int32),
-    lengths=jnp.asarray(sizes, jnp.int32),
-    keys=key if key.ndim else _row_keys(key, batch),
-    temperature=None if greedy else per_row(heat),
-    top_p=per_row(nucleus),
-  )
+  return key if key.ndim else _row_keys(key, batch)
 
 
 @functools.partial(jax.jit, static_argnames="batch")
