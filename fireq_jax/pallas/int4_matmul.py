@@ -65,6 +65,8 @@ class Tuning:
     blocks: blocks of 128 along C in a step.
     interleave: sets of consumers that take turns at the steps; at most four
       consumers in all.
+    split: CTAs that share a tile, as a cluster. Not for gated weights, nor
+      for tiles of less than 64 rows. `ctas` is then without effect.
     ctas: CTAs that run; CTA i takes every `ctas`-th tile.
     raster: token tiles that are swept together, for reuse in the L2 cache.
   """
@@ -74,12 +76,14 @@ class Tuning:
   rows: int = 128
   blocks: int = 1
   interleave: int = 1
+  split: int = 1
   ctas: int = 132
   raster: int = 16
 
   def __post_init__(self):
     for name, low, high, multiple in (
-      ("tile_t", 8, 256, 8),
+      ("split", 1, 8, 1),
+      ("tile_t", 8, 256, 8 * self.split),
       ("rows", 16, 4 * ROWS, 16 if self.rows <= ROWS else ROWS),
       ("stages", 1, 32, self.interleave),
       ("blocks", 1, 8, 1),
@@ -90,6 +94,13 @@ class Tuning:
         f"{name} must be a multiple of {multiple} from {low} to {high}",
         got=value,
       )
+    sums = 2 * self.row_groups * (self.split * self.interleave - 1)
+    check(
+      self.split == 1
+      or (self.rows >= ROWS and sums <= self.stages * self.blocks * self.split),
+      "CTAs share tiles of 64 rows or more, whose sums fit where x was",
+      got=self.split,
+    )
     check(
       self.row_groups * self.interleave in REGISTERS,
       "there are 1 to 4 consumers",
@@ -206,7 +217,7 @@ def int4_matmul(
   )
   n, c = w.shape
   check(
-    tuning.row_groups % 2 == 0
+    tuning.row_groups % 2 == 0 and tuning.split == 1
     if w.gated
     else tuning.rows >= ROWS or n % tuning.rows == 0,
     "rows of a tuning do not fit the weight",
@@ -215,7 +226,7 @@ def int4_matmul(
   tokens = tokens or x.shape[0]
   rows = rows_of(tokens)
   if rows <= 8 and not w.gated:
-    tuning = dataclasses.replace(tuning, tile_t=8)
+    tuning = dataclasses.replace(tuning, tile_t=8, split=1)
   x = _padded(x, rows, pl.cdiv(c, BLOCK) * BLOCK if c > BLOCK else c)
   operand = None if operand is None else _padded(operand, rows, n)
   inputs = dict(

@@ -7,7 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fireq_jax.pallas import dequant
+from fireq_jax.pallas import dequant, exchange
 from fireq_jax.pallas.inline import load
 from fireq_jax.pallas.int4_matmul_plan import FOLDED, REGISTERS, Plan
 from fireq_jax.pallas.layouts import BLOCK, ROWS
@@ -27,6 +27,8 @@ class Kernel(Plan):
       out_type=self.out,
       grid=(self.ctas,),
       grid_names=("cta",),
+      cluster=(self.tuning.split,),
+      cluster_names=("part",),
       num_threads=self.consumers + 1,
       thread_name="warpgroup",
       scratch_types=self.scratch(),
@@ -43,6 +45,12 @@ class Kernel(Plan):
     self.gmem, self.smem = dict(zip(names, refs, strict=True)), smem
     self.cta = lax.axis_index("cta")
     self.my_tiles = pl.cdiv(self.tiles - self.cta, self.ctas)
+    self.part, self.first_step, self.my_steps = 0, 0, self.steps
+    if self.shares:
+      self.part = lax.axis_index("part")
+      begin = lambda part: lax.div(part * self.steps, self.tuning.split)
+      self.first_step = begin(self.part)
+      self.my_steps = begin(self.part + 1) - self.first_step
     warpgroup = lax.axis_index("warpgroup")
     for_consumer, for_producer = REGISTERS[self.consumers]
 
@@ -54,10 +62,11 @@ class Kernel(Plan):
     @pl.when(warpgroup < self.consumers)
     def _():
       plgpu.set_max_registers(for_consumer, action="increase")
-      self.consume(
-        lax.rem(warpgroup, self.tuning.row_groups),
-        lax.div(warpgroup, self.tuning.row_groups),
-      )
+      group = lax.rem(warpgroup, self.tuning.row_groups)
+      turn = lax.div(warpgroup, self.tuning.row_groups)
+      if self.shares:
+        pl.when(turn == 0)(lambda: self.expect_shares(group))
+      self.consume(group, turn)
 
   def for_each_tile(self, body):
     """Calls body(row tile, first token, steps so far) for this CTA's tiles."""
@@ -66,7 +75,7 @@ class Kernel(Plan):
       row_tile, token_tile = plgpu.planar_snake(
         self.cta + i * self.ctas, self.grid, 1, self.tuning.raster
       )
-      body(row_tile, token_tile * self.tuning.tile_t, i * self.steps)
+      body(row_tile, token_tile * self.tuning.tile_t, i * self.my_steps)
 
     lax.fori_loop(0, self.my_tiles, tile, None)
 
@@ -77,6 +86,7 @@ class Kernel(Plan):
     def tile(row_tile, token, before):
       def step(i, _):
         slot = lax.rem(before + i, stages)
+        k = self.first_step + i
         copy = lambda source, to: plgpu.copy_gmem_to_smem(
           source, to, smem["full"].at[slot]
         )
@@ -92,7 +102,7 @@ class Kernel(Plan):
           for j in range(self.code_copies):
             count = blocks // self.code_copies
             copy(
-              gmem["codes"].at[pl.ds(i * blocks + j, count), rows],
+              gmem["codes"].at[pl.ds(k * blocks + j, count), rows],
               smem["codes"].at[
                 slot,
                 half,
@@ -102,11 +112,11 @@ class Kernel(Plan):
             )
           copy(
             gmem["scale"].at[
-              pl.ds(i * self.groups, self.groups), pl.ds(row, self.scale_rows)
+              pl.ds(k * self.groups, self.groups), pl.ds(row, self.scale_rows)
             ],
             smem["scale"].at[slot, half],
           )
-        columns = pl.ds(i * blocks * BLOCK, blocks * BLOCK)
+        columns = pl.ds(k * blocks * BLOCK, blocks * BLOCK)
         copy(
           gmem["x"].at[pl.ds(token, tuning.tile_t), columns], smem["x"].at[slot]
         )
@@ -115,10 +125,12 @@ class Kernel(Plan):
       def _(warp):
         @pl.when(warp == 0)
         def _():
-          lax.fori_loop(0, self.steps, step, None)
+          lax.fori_loop(0, self.my_steps, step, None)
 
     self.for_each_tile(tile)
-    used = self.my_tiles * self.steps
+    if self.shares:
+      exchange.arrive()
+    used = self.my_tiles * self.my_steps
 
     @plgpu.warp_map
     def _(warp):
@@ -137,15 +149,26 @@ class Kernel(Plan):
         row_tile * self.copied + lax.rem(group, self.in_half) * self.held
       )
       row = out_row + lax.div(group, self.in_half) * self.n_out
+      out_token = token + self.part * self.my_tokens
 
       @pl.when(turn == 0)
       def _():
-        self.fetch(group, row, token)
+        self.fetch(group, row, out_token)
 
       sums = self.main_loop(group, turn, before)
 
+      if self.shares:
+        self.share(sums, group, turn)
+
+        @pl.when(turn == 0)
+        def _():
+          total = self.total(sums, group)
+          self.finish(total, group, out_row, out_token, before)
+
+        return
+
       if not self.parts:
-        self.finish(sums, group, out_row, token, before)
+        self.finish(sums, group, out_row, out_token, before)
         return
 
       first = interleave - self.parts  # of those that store their sums
@@ -163,7 +186,7 @@ class Kernel(Plan):
       @pl.when(turn == 0)
       def _():
         plgpu.barrier_wait(smem["sums_full"].at[group])
-        self.finish(sums, group, out_row, token, before)
+        self.finish(sums, group, out_row, out_token, before)
         plgpu.barrier_arrive(smem["sums_free"].at[group])
 
     self.for_each_tile(tile)
@@ -186,7 +209,7 @@ class Kernel(Plan):
     blocks, interleave = tuning.blocks, tuning.interleave
     acc_types = [plgpu.ACC((ROWS, tuning.tile_t), jnp.float32)] * self.fold
     first = lax.rem(turn - lax.rem(before, interleave) + interleave, interleave)
-    steps = pl.cdiv(self.steps - first, interleave)
+    steps = pl.cdiv(self.my_steps - first, interleave)
 
     def slot_of(i):
       slot = lax.rem(before + first + i * interleave, tuning.stages)
@@ -267,6 +290,52 @@ class Kernel(Plan):
     zeros = jnp.zeros((ROWS, tuning.tile_t), jnp.float32)
     return lax.fori_loop(0, steps, exact, plgpu.layout_cast(zeros, _WGMMA))
 
+  # CTAs that share a tile have its sums over parts of C. Each gets the sums of
+  # its tokens from all consumers of the cluster, where x was.
+
+  def expect_shares(self, group):
+    size = self.shares * ROWS * self.my_tokens * 4
+    exchange.expect(self.smem["shares_full"].at[group], size)
+
+  def share(self, sums, group, turn):
+    """Sends sums [64, tile_t] to the CTAs that finish them."""
+    split, interleave = self.tuning.split, self.tuning.interleave
+    exchange.arrive()
+    exchange.join()
+    for part in range(split):
+      place = (self.part - part + split) * interleave + turn
+      place = lax.rem(place, split * interleave)  # 0: these stay
+
+      @pl.when(place > 0)
+      def _(part=part, place=place):
+        exchange.put(
+          self.tokens_of(part, sums),
+          *self.memory_of_x,
+          group * self.shares + place - 1,
+          self.smem["shares_full"].at[group],
+          part,
+        )
+
+  def total(self, sums, group):
+    """[64, tile_t / split] of this CTA's tokens, once all have been sent."""
+    total = self.tokens_of(0, sums)
+    for part in range(1, self.tuning.split):
+      mine = jnp.broadcast_to(self.part == part, total.shape)
+      total = jnp.where(mine, self.tokens_of(part, sums), total)
+    exchange.wait(self.smem["shares_full"].at[group])
+    for i in range(self.shares):
+      place = group * self.shares + i
+      total += exchange.take(*self.memory_of_x, place, total.shape)
+    return total
+
+  @property
+  def memory_of_x(self):
+    return self.smem["x"].at[0], self.x_transforms
+
+  def tokens_of(self, part, sums):
+    start = part * self.my_tokens
+    return lax.slice(sums, (0, start), (ROWS, start + self.my_tokens))
+
   # The epilogue takes pieces of the tokens through the `out` buffers; an
   # operand is copied into the buffer that the result then overwrites.
 
@@ -275,7 +344,7 @@ class Kernel(Plan):
     gmem, smem = self.gmem, self.smem
     for name in self.vectors:
       start, size = (
-        (token, self.tuning.tile_t) if name == "x_scale" else (row, ROWS)
+        (token, self.my_tokens) if name == "x_scale" else (row, ROWS)
       )
       plgpu.copy_gmem_to_smem(
         gmem[name].at[pl.ds(start, size)],

@@ -56,10 +56,15 @@ class Plan:
     # Sums that reach the epilogue through shared memory: those of others, or
     # all, because folded ones lie in rows of other threads.
     self.parts = tuning.interleave - (0 if self.fold > 1 else 1)
+    self.shares = 0  # the same of a CTA that shares its tile
+    if tuning.split > 1:
+      self.ctas = self.tiles
+      self.parts, self.shares = 0, tuning.split * tuning.interleave - 1
     # The epilogue handles at most so many tokens at a time, in buffers.
+    self.my_tokens = tuning.tile_t // tuning.split
     piece, self.buffers = (64, 1) if w.gated else (32, 2)
-    self.piece = math.gcd(piece, tuning.tile_t // self.halves)
-    self.pieces = tuning.tile_t // (self.piece * self.halves)
+    self.piece = math.gcd(piece, self.my_tokens // self.halves)
+    self.pieces = self.my_tokens // (self.piece * self.halves)
     self.vectors = [v for v in ("row_scale", "bias", "x_scale") if v in inputs]
 
   def scratch(self):
@@ -99,7 +104,7 @@ class Plan:
     for name in self.vectors:
       dtype = inputs[name].dtype
       unit = _TMA_ALIGNMENT // dtype.itemsize
-      size = tile_t if name == "x_scale" else ROWS
+      size = self.my_tokens if name == "x_scale" else ROWS
       shape = row_groups, pl.cdiv(size, unit) * unit
       scratch[name] = plgpu.SMEM(shape, dtype)
     if "operand" in inputs:
@@ -116,6 +121,9 @@ class Plan:
         num_arrivals=self.parts, num_barriers=row_groups
       )
       scratch["sums_free"] = plgpu.Barrier(num_barriers=row_groups)
+    if self.shares:
+      scratch["shares_full"] = plgpu.SMEM((row_groups, 2), jnp.int32)
+      self.x_transforms = scratch["x"].transforms
     if self.w.gated:
       scratch["swap"] = swizzled((row_groups, ROWS, self.piece), jnp.float32)
       scratch["swap_full"] = plgpu.Barrier(num_barriers=row_groups)

@@ -9,9 +9,10 @@ from typing import Literal
 import jax.numpy as jnp
 
 from fireq_jax.pallas.int4_matmul import Tuning
-from fireq_jax.pallas.layouts import ROWS, PackedInt4
+from fireq_jax.pallas.layouts import BLOCK, ROWS, PackedInt4
 
 Mode = Literal["e4m3", "exact", "bf16"]
+EXCHANGE_NS = 2000  # that a shared tile takes longer
 
 
 @functools.cache
@@ -30,25 +31,30 @@ def choose(t: int, w: PackedInt4) -> Tuning:
   """The fastest tuning for `t` tokens.
 
   A kernel takes as long as the CTA with the most tiles, so this weighs waves
-  against the cost of a tile. All steps of all shapes cost the same, so the
-  input size does not matter. Of equals, the tile of fewer tokens is best.
+  against the cost of a tile, and that against the cost of sharing it. Shared
+  tiles must all be under way at once. Of equals, fewer tokens a tile are best.
   """
-  n = w.shape[0]
+  n, c = w.shape
   mode: Mode = "e4m3" if w.scale.dtype == jnp.float8_e4m3fn else "exact"
   if w.activation == "bf16":
     mode = "bf16"
 
-  def cost(tuning, ns):
-    tiles = math.ceil(n / tuning.rows) * math.ceil(t / tuning.tile_t)
-    return math.ceil(tiles / tuning.ctas) * ns[mode], tuning.tile_t
+  def tiles(tuning):
+    return math.ceil(n / tuning.rows) * math.ceil(t / tuning.tile_t)
 
-  return min(
-    (
-      (tuning, ns)
-      for tuning, ns in table()
-      if mode in ns
-      and (n % tuning.rows == 0 or tuning.rows >= ROWS)
-      and not (w.gated and (tuning.row_groups % 2 or tuning.tile_t < 16))
-    ),
-    key=lambda entry: cost(*entry),
-  )[0]
+  def fits(tuning):
+    if w.gated and (tuning.row_groups % 2 or tuning.tile_t < 16):
+      return False
+    if tuning.split > 1:
+      return not w.gated and tiles(tuning) * tuning.split <= tuning.ctas
+    return n % tuning.rows == 0 or tuning.rows >= ROWS
+
+  def cost(entry):
+    tuning, ns = entry
+    waves = math.ceil(tiles(tuning) * tuning.split / tuning.ctas)
+    blocks = math.ceil(c / BLOCK / tuning.split)
+    exchange = EXCHANGE_NS if tuning.split > 1 else 0
+    return waves * blocks * ns[mode] + exchange, tuning.tile_t
+
+  entries = [e for e in table() if mode in e[1] and fits(e[0])]
+  return min(entries, key=cost)[0]

@@ -154,7 +154,15 @@ def test_unsupported_inputs_give_a_reason(n, c, x_dtype, reason):
 
 @pytest.mark.parametrize(
   "changes",
-  [{"tile_t": 12}, {"rows": 96}, {"stages": 3, "interleave": 2}, {"rows": 320}],
+  [
+    {"tile_t": 12},
+    {"rows": 96},
+    {"stages": 3, "interleave": 2},
+    {"rows": 320},
+    {"tile_t": 24, "split": 2},
+    {"tile_t": 16, "rows": 32, "split": 2},
+    {"tile_t": 16, "rows": 192, "stages": 2, "split": 2},
+  ],
 )
 def test_impossible_tunings_are_refused(changes):
   with pytest.raises(ConfigError):
@@ -323,9 +331,9 @@ def test_every_shipped_tuning_compiles_without_spills(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("out_dtype", [BF16, jnp.float32])
-@pytest.mark.parametrize("t", [1, 16, 100, 4096])
+@pytest.mark.parametrize("t", [1, 16, 60, 100, 4096])
 def test_chosen_tunings_lower_for_cuda(mode, t, out_dtype):
-  args = shapes(t=t, n=6144, c=4096, mode=mode)
+  args = shapes(t=t, n=4096, c=11008, mode=mode)
   tuning = tunings.choose(t, args[1])
   kernel = jax.jit(
     lambda *args: int4_matmul(*args, out_dtype=out_dtype, tuning=tuning)

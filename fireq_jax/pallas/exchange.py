@@ -1,0 +1,174 @@
+"""Sums that CTAs of a cluster exchange, from registers to registers.
+
+They pass through shared memory that was used for something else before: a CTA
+may `put` values into another's once all threads of the cluster have said, by
+`arrive`, that they no longer need theirs. Values lie there in the order of
+registers, 16 bytes a thread side by side, without bank conflicts, and each
+announces itself to the barrier of its receiver.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+from fireq_jax.pallas.inline import (
+  array,
+  elements,
+  fixed_assembly,
+  i32,
+  shared_address,
+  vector,
+)
+
+_WGMMA = plgpu.Layout.WGMMA
+_ROW = 128 * 16  # bytes that a warpgroup stores at once
+
+
+def expect(barrier: Any, size: int) -> None:
+  """Makes a barrier, int32 [2], that waits for `size` bytes; in a warpgroup."""
+
+  def emit(_, barrier):
+    text = f"""{{
+    .reg .pred p;
+    .reg .b32 i;
+    mov.u32 i, %tid.x;
+    and.b32 i, i, 127;
+    setp.ne.u32 p, i, 0;
+    @p bra DONE;
+    mbarrier.init.shared::cta.b64 [$0], 1;
+    fence.mbarrier_init.release.cluster;
+    mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {size};
+    DONE:
+    }}"""
+    fixed_assembly(text, [shared_address(barrier)], "r")
+
+  plgpu.inline_mgpu(arg_types=(_ANY,))(emit)(barrier)
+
+
+def arrive() -> None:
+  """Once in every thread of the cluster."""
+
+  def emit(_):
+    fixed_assembly("barrier.cluster.arrive.relaxed;")
+
+  plgpu.inline_mgpu()(emit)()
+
+
+def join() -> None:
+  """Waits for every thread of the cluster to `arrive`."""
+
+  def emit(_):
+    fixed_assembly("barrier.cluster.wait.acquire;")
+
+  plgpu.inline_mgpu()(emit)()
+
+
+def put(
+  values: jax.Array,
+  memory: Any,
+  transforms: tuple,
+  place: jax.Array,
+  barrier: Any,
+  cta: int,
+) -> None:
+  """Stores values in the memory of a CTA of the cluster.
+
+  Args:
+    values: f32 [64, N], in one warpgroup.
+    memory: shared memory of this CTA: that of the other has the same address.
+    transforms: of the memory.
+    place: so many values like these lie before them.
+    barrier: of the other CTA, likewise.
+    cta: index of the other CTA in the cluster.
+  """
+
+  def emit(_, values, memory, place, barrier):
+    text = f"mapa.shared::cluster.u32 $0, $1, {cta};"
+    start, signal = (
+      fixed_assembly(text, [address], "=r,r", i32())
+      for address in (
+        _of_thread(memory, place, values.shape),
+        shared_address(barrier),
+      )
+    )
+    pairs = values.registers.flat
+    for i, (a, b) in enumerate(zip(pairs[0::2], pairs[1::2], strict=True)):
+      fixed_assembly(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32"
+        f" [$0 + {i * _ROW}], {{$2, $3, $4, $5}}, [$1];",
+        [start, signal, *elements(a), *elements(b)],
+        "r,r,f,f,f,f",
+      )
+
+  types = _WGMMA, plgpu.RefType(transforms), _SCALAR, _ANY
+  plgpu.inline_mgpu(arg_types=types)(emit)(
+    plgpu.layout_cast(values, _WGMMA), memory, place, barrier
+  )
+
+
+def wait(barrier: Any) -> None:
+  """Waits for what `expect` says."""
+
+  def emit(_, barrier):
+    text = """{
+    .reg .pred p;
+    WAIT:
+    mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$0], 0;
+    @!p bra WAIT;
+    }"""
+    fixed_assembly(text, [shared_address(barrier)], "r")
+
+  plgpu.inline_mgpu(arg_types=(_ANY,))(emit)(barrier)
+
+
+def take(
+  memory: Any, transforms: tuple, place: jax.Array, shape: tuple[int, ...]
+) -> jax.Array:
+  """What `put` stored: f32 of this shape, [64, N]."""
+
+  def emit(_, memory, place):
+    start = _of_thread(memory, place, shape)
+    layout = mgpu.WGMMA_LAYOUT
+    out = np.empty(layout.registers_shape(shape), dtype=object)
+    f32 = ir.F32Type.get()
+    quad = ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>")
+    flat = out.reshape(-1)
+    for i in range(len(flat) // 2):
+      loaded = fixed_assembly(
+        f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4 + {i * _ROW}];",
+        [start],
+        "=f,=f,=f,=f,r",
+        quad,
+      )
+      a, b, c, d = (llvm.extractvalue(f32, loaded, (j,)) for j in range(4))
+      flat[2 * i], flat[2 * i + 1] = vector([a, b]), vector([c, d])
+    return array(out, layout)
+
+  return plgpu.inline_mgpu(
+    arg_types=(plgpu.RefType(transforms), _SCALAR),
+    return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, _WGMMA),
+  )(emit)(memory, place)
+
+
+_ANY = plgpu.RefType()
+_SCALAR = plgpu.Layout.WG_SPLAT(())
+
+
+def _of_thread(memory, place, shape):
+  """Address of the first 16 bytes of a thread."""
+  text = f"""{{
+    .reg .b32 i;
+    mov.u32 i, %tid.x;
+    and.b32 i, i, 127;
+    mad.lo.u32 i, i, 16, $1;
+    mad.lo.u32 $0, $2, {math.prod(shape) * 4}, i;
+    }}"""
+  [place] = place.registers.flat
+  return fixed_assembly(text, [shared_address(memory), place], "=r,r,r", i32())
