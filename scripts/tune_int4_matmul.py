@@ -2,9 +2,9 @@
 
   python scripts/tune_int4_matmul.py
 
-Replaces the file unless --out names another one. Each tuning runs on a weight that gives every CTA the same number of tiles, so
-that its time is a constant for the call and a cost for each block of 128
-columns.
+Replaces the file unless --out names another one. Each tuning runs on a weight
+that gives every CTA the same number of tiles, so that its time is a constant
+for the call, one for sharing a tile, and a cost for each block of 128 columns.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from fireq_jax.qtensor import quantize_e4m3
 MODES = {"e4m3": "e4m3", "exact": "bf16", "bf16": "w4a16"}
 CALL_US = 2.5
 WIDTH = 4096
-TILES = 2  # of a CTA
+TILES = 2  # of a CTA that shares none
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -49,11 +49,14 @@ def run(values: flags.FlagValues) -> None:
     raise ResourceError(str(error)) from error
   rows = []
   for tuning, known in tunings.table():
-    n = tuning.rows * tuning.ctas * TILES
+    shared = tuning.split > 1
+    tiles = 1 if shared else TILES
+    n = tuning.rows * (tuning.ctas // tuning.split) * tiles
     ns = {}
     for mode in known:
-      us = _us(tuning, n, MODES[mode])
-      ns[mode] = round(1e3 * (us - CALL_US) / (TILES * WIDTH / 128))
+      time = 1e3 * (_us(tuning, n, MODES[mode]) - CALL_US)
+      time -= tunings.EXCHANGE_NS if shared else 0
+      ns[mode] = round(time / (tiles * WIDTH / 128 / tuning.split))
     rows.append(dataclasses.asdict(tuning) | {"ns": ns})
     print(rows[-1], file=sys.stderr)
   table = {

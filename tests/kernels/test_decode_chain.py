@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from test_int4_matmul import qtensor, silu, value
+from int4_problems import qtensor
+from test_int4_matmul import silu, value
 
 from fireq_jax.pallas import reference
 from fireq_jax.pallas.decode_chain import decode_chain, supported

@@ -1,7 +1,5 @@
 """INT4 matmul: the reference against NumPy, the kernel against the reference."""
 
-import concurrent.futures
-import functools
 import importlib.util
 
 import jax
@@ -9,23 +7,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from int4_problems import BF16, E4M3, activations, problem, qtensor
 
 from fireq_jax.errors import ConfigError
 from fireq_jax.pallas import layouts, reference, tunings
-from fireq_jax.pallas.int4_matmul import Tuning, int4_matmul, rows_of, supported
-from fireq_jax.qtensor import QTensor, pack_int4
-
-E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
-
-
-def qtensor(rng, n, c, *, scale=E4M3, group=128, lowest=-7, activation="e4m3"):
-  codes = rng.integers(lowest, 8, (n, c)).astype(np.int8)
-  return QTensor(
-    codes=pack_int4(jnp.asarray(codes)),
-    scale=jnp.asarray(rng.uniform(0.25, 4, (n, c // group))).astype(scale),
-    tensor_scale=jnp.float32(2.0 ** rng.integers(-3, 4)),
-    activation=activation,
-  )
+from fireq_jax.pallas.int4_matmul import Tuning, int4_matmul, supported
 
 
 def value(w):
@@ -38,13 +24,6 @@ def value(w):
   if w.scale.dtype == E4M3:
     products = np.clip(products, -448, 448).astype(ml_dtypes.float8_e4m3fn)
   return products.astype(np.float64) / float(w.tensor_scale)
-
-
-def activations(rng, t, c, dtype):
-  x = rng.normal(size=(t, c)).astype(np.float32)
-  scale = rng.uniform(0.5, 1.5, t).astype(np.float32)
-  x = jnp.asarray(x).astype(E4M3 if dtype == "e4m3" else BF16)
-  return x, jnp.asarray(scale) if dtype == "e4m3" else None
 
 
 def silu(x):
@@ -177,25 +156,6 @@ def test_a_tuning_for_other_weights_is_refused():
 
 
 # The kernel, thread by thread on the CPU.
-
-
-def problem(rng, n, c, t, *, kind="e4m3", lowest=-7, gated=False, **options):
-  """Arguments and keyword arguments of an `int4_matmul`."""
-  scale = E4M3 if kind == "e4m3" else BF16
-  activation = "bf16" if kind == "bf16" else "e4m3"
-  group = options.pop("group", 128)
-  make = lambda n: qtensor(
-    rng, n, c, scale=scale, group=group, lowest=lowest, activation=activation
-  )
-  parts = [make(n // 2), make(n // 2)] if gated else [make(n)]
-  w = layouts.pack_int4_weights(parts, gated=gated, asymmetric=lowest == -8)
-  x, x_scale = activations(rng, t, c, activation)
-  if options.get("epilogue") in ("add", "mul"):
-    shape = t, n // 2 if gated else n
-    options["operand"] = jnp.asarray(rng.normal(size=shape)).astype(BF16)
-  if options.pop("bias", False):
-    options["bias"] = jnp.asarray(rng.normal(size=n)).astype(BF16)
-  return (x, w, x_scale), options
 
 
 INTERPRETED = [
@@ -340,121 +300,3 @@ def test_chosen_tunings_lower_for_cuda(mode, t, out_dtype):
   )
   text = kernel.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
   assert "mosaic_gpu" in text
-
-
-# On the card.
-
-TOKENS = [1, 2, 7, 8, 13, 16, 17, 63, 64, 65, 127, 128, 129, 257, 1024, 4096]
-
-
-def compiled(functions):
-  """[(function, its arguments)] compiled side by side, without autotuning."""
-  compiler_options = {"xla_gpu_autotune_level": 0}
-  with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    return list(
-      pool.map(
-        lambda call: (
-          jax.jit(call[0], compiler_options=compiler_options)
-          .lower(*call[1])
-          .compile()
-        ),
-        functions,
-      )
-    )
-
-
-def reference_of(args, **options):
-  """The reference's result in f32, [T, N] on the host."""
-  function = functools.partial(reference.int4_matmul, **options)
-  [function] = compiled([(function, args)])
-  return np.asarray(function(*args), np.float32)
-
-
-def first(args, t):
-  """The arguments for the first `t` tokens."""
-  x, w, x_scale = args
-  return x[:t], w, None if x_scale is None else x_scale[:t]
-
-
-def relative_error(y, wanted):
-  error = np.linalg.norm(np.asarray(y, np.float32) - wanted)
-  return error / np.linalg.norm(wanted)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("n, c", [(6144, 4096), (4096, 11008), (512, 2048)])
-def test_kernel_error_is_rounding(n, c, mode):
-  """For every number of tokens, and the same bits on every run.
-
-  A tensor core keeps about 14 bits of a sum, which shows where one accumulator
-  runs through all of C.
-  """
-  rng = np.random.default_rng(6)
-  args, _ = problem(rng, n, c, max(TOKENS), kind=mode)
-  wanted = reference_of(args, out_dtype=jnp.float32)
-  tunings_of = {t: tunings.choose(t, args[1]) for t in TOKENS}
-  kernels = compiled(
-    (
-      functools.partial(int4_matmul, tuning=tuning, out_dtype=jnp.float32),
-      first(args, t),
-    )
-    for t, tuning in tunings_of.items()
-  )
-  for (t, tuning), kernel in zip(tunings_of.items(), kernels):
-    these = first(args, t)
-    y = np.asarray(kernel(*these))
-    error = relative_error(y, wanted[:t])
-    assert error < (3e-3 if mode == "e4m3" else 2e-3), (t, tuning)
-    for _ in range(20 if t < 1000 else 2):
-      np.testing.assert_array_equal(kernel(*these), y, str((t, tuning)))
-
-
-EPILOGUES = {
-  "linear": dict(bias=True),
-  "add": dict(epilogue="add", bias=True),
-  "mul": dict(epilogue="mul"),
-  "silu": dict(epilogue="silu"),
-  "gated": dict(gated=True, bias=True),
-  "minus_8": dict(lowest=-8, epilogue="add"),
-  "group_64": dict(group=64, epilogue="add"),
-  "exact": dict(kind="exact", epilogue="add"),
-  "exact_group_64": dict(kind="exact", group=64),
-  "bf16": dict(kind="bf16", lowest=-8, epilogue="add"),
-  "bf16_group_64": dict(kind="bf16", group=64),
-}
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("options", EPILOGUES.values(), ids=EPILOGUES)
-def test_every_epilogue_on_the_card(options):
-  """Also with rows that follow the last token, which must change nothing."""
-  rng = np.random.default_rng(7)
-  args, given = problem(rng, 1536, 1024, 1000, **options)
-  wanted = reference_of(args, **given)
-  cases = []
-  for t in (1, 7, 13, 16, 63, 64, 129, 256, 1000):
-    these = dict(given, tuning=tunings.choose(t, args[1]))
-    if "operand" in given:
-      these["operand"] = given["operand"][:t]
-    cases.append((first(args, t), these))
-    if rows_of(t) > t:
-      cases.append((first(args, rows_of(t)), dict(these, tokens=t)))
-  kernels = compiled(
-    (functools.partial(int4_matmul, **these), args) for args, these in cases
-  )
-  for (args, these), kernel in zip(cases, kernels):
-    y = kernel(*args)
-    case = len(y), len(args[0]), these["tuning"]
-    assert relative_error(y, wanted[: len(y)]) < 5e-3, case
-
-
-@pytest.mark.gpu
-def test_not_a_number_stays_in_its_row():
-  rng = np.random.default_rng(8)
-  (x, w, x_scale), _ = problem(rng, 512, 1024, 16)
-  x = x.at[3, 5].set(jnp.nan)
-  tuning = tunings.choose(16, w)
-  y = int4_matmul(x, w, x_scale, tuning=tuning)
-  assert bool(jnp.isnan(y[3]).all())
-  assert not bool(jnp.isnan(jnp.delete(y, 3, axis=0)).any())

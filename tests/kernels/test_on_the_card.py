@@ -10,12 +10,12 @@ as each array is then an allocation of its own.
 
 import functools
 
+import int4_problems
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_decode_chain
-import test_int4_matmul
 from test_attention_kernels import codes_and_scales
 from test_rope_append import Case
 
@@ -23,18 +23,19 @@ from fireq_jax.pallas import kv_layout, tunings
 from fireq_jax.pallas.act_quant import act_quant
 from fireq_jax.pallas.decode_attention import decode_attention
 from fireq_jax.pallas.decode_chain import decode_chain
-from fireq_jax.pallas.int4_matmul import int4_matmul
+from fireq_jax.pallas.int4_matmul import Tuning, int4_matmul
 from fireq_jax.pallas.prefill_attention import prefill_attention
 from fireq_jax.pallas.rope_append import rope_append
 from fireq_jax.qtensor import quantize_e4m3
 
 pytestmark = pytest.mark.gpu
+SHARED = Tuning(tile_t=64, rows=64, stages=6, blocks=2, interleave=2, split=2)
 
 
-def matmul(tokens, n, **options):
+def matmul(tokens, n, tuning=None, **options):
   rng = np.random.default_rng(tokens)
-  args, options = test_int4_matmul.problem(rng, n, 1024, tokens, **options)
-  tuning = tunings.choose(tokens, args[1])
+  args, options = int4_problems.problem(rng, n, 1024, tokens, **options)
+  tuning = tuning or tunings.choose(tokens, args[1])
   return functools.partial(int4_matmul, tuning=tuning, **options), args
 
 
@@ -88,6 +89,7 @@ CALLS = {
   "matmul 1": lambda: matmul(1, 1536),
   "matmul 13": lambda: matmul(13, 1536, epilogue="add"),
   "matmul 100": lambda: matmul(100, 1536, gated=True),
+  "matmul 60, shared tiles": lambda: matmul(60, 1536, tuning=SHARED),
   "matmul 1000": lambda: matmul(1000, 1536, kind="exact"),
   "act_quant": rounding,
   "rope_append": append,
