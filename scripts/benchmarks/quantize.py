@@ -6,12 +6,12 @@ runs scripts/quantize.py on it in a process of its own.
 
 import dataclasses
 import json
-import resource
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,25 +59,21 @@ def run(values: flags.FlagValues) -> Iterable[dict]:
     )
     np.save(Path(work, "tokens.npy"), tokens)
     start = time.perf_counter()
-    done = subprocess.run(
-      [
-        sys.executable,
-        Path(__file__).parents[1] / "quantize.py",
-        f"--ckpt={source}",
-        f"--out={out}",
-        f"--recipe={values.recipe}",
-        f"--calib={Path(work, 'tokens.npy')}",
-        f"--num_calib={values.num_calib}",
-        f"--seq_len={values.seq_len}",
-      ],
-      stdout=subprocess.PIPE,
-      text=True,
-    )
+    command = [
+      sys.executable,
+      Path(__file__).parents[1] / "quantize.py",
+      f"--ckpt={source}",
+      f"--out={out}",
+      f"--recipe={values.recipe}",
+      f"--calib={Path(work, 'tokens.npy')}",
+      f"--num_calib={values.num_calib}",
+      f"--seq_len={values.seq_len}",
+    ]
+    code, printed, peak = _run(command)
     seconds = time.perf_counter() - start
-    print(done.stdout, file=sys.stderr)
-    if done.returncode:
-      raise ResourceError("scripts/quantize.py failed", got=done.stdout[-500:])
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    print(printed, file=sys.stderr)
+    if code:
+      raise ResourceError("scripts/quantize.py failed", got=printed[-500:])
     yield {
       "model": values.model,
       "layers": config["num_hidden_layers"],
@@ -89,6 +85,20 @@ def run(values: flags.FlagValues) -> Iterable[dict]:
       "num_calib": values.num_calib,
       "seq_len": values.seq_len,
     }
+
+
+def _run(command: Sequence[str | Path]) -> tuple[int, str, int]:
+  """Exit code, standard output and peak memory in bytes of a process."""
+  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    try:
+      assert process.stdout is not None
+      printed = process.stdout.read()
+      _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:
+      process.kill()
+      raise
+    process.returncode = os.waitstatus_to_exitcode(status)
+  return process.returncode, printed, usage.ru_maxrss * 1024
 
 
 def hf_config(config: LlamaConfig) -> dict:
