@@ -79,7 +79,7 @@ class Tokenizer:
       )
     if importlib.util.find_spec("jinja2") is None:
       raise UnsupportedError(
-        "chat templates need jinja2", hint="pip install 'fireq_jax[chat]'"
+        "chat templates need jinja2", hint="pip install -e '.[chat]'"
       )
     try:
       return list(

@@ -42,7 +42,7 @@ try:
 except ImportError:
   print(
     "error: the lm-evaluation-harness is missing; pip install"
-    " 'fireq_jax[lm-eval]'",
+    " -e '.[lm-eval]'",
     file=sys.stderr,
   )
   sys.exit(3)

@@ -93,7 +93,7 @@ def check_report_flags(values: flags.FlagValues) -> None:
       cli.check_output_file(path)
   if values.plot and importlib.util.find_spec("matplotlib") is None:
     raise ResourceError(
-      "plots need matplotlib", hint="pip install 'fireq_jax[plot]'"
+      "plots need matplotlib", hint="pip install -e '.[plot]'"
     )
 
 
