@@ -17,7 +17,7 @@ from fireq_jax.generate import (
   pad_prompts,
 )
 from fireq_jax.loading import load_model
-from fireq_jax.models.llama import forward
+from fireq_jax.models.llama import Llama, forward
 from fireq_jax.pipeline import Source, quantize_model
 from fireq_jax.prepare import prepare
 from fireq_jax.recipe import Recipe
@@ -31,6 +31,7 @@ __all__ = [
   "GenerateConfig",
   "GenerateOutput",
   "KVFormat",
+  "Llama",
   "LlamaConfig",
   "Recipe",
   "Source",

@@ -41,8 +41,7 @@ try:
   )
 except ImportError:
   print(
-    "error: the lm-evaluation-harness is missing; pip install"
-    " -e '.[lm-eval]'",
+    "error: the lm-evaluation-harness is missing; pip install -e '.[lm-eval]'",
     file=sys.stderr,
   )
   sys.exit(3)
