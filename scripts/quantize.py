@@ -125,9 +125,8 @@ def run(values: flags.FlagValues) -> None:
   print(f"wrote         {target}")
   print(f"size          {size(manifest.total_bytes)}, {ratio:.2f} x smaller")
   print(f"weight error  {np.mean(errors):.2%} root mean square, layers' mean")
-  print(
-    f"layers        {seconds[0]:.1f} s, then {np.median(seconds):.1f} s each"
-  )
+  others = np.median(seconds[1:] or seconds)
+  print(f"layers        {seconds[0]:.1f} s, then {others:.1f} s each")
   print(f"elapsed       {time.perf_counter() - start:.1f} s")
 
 
