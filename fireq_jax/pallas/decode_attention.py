@@ -58,17 +58,21 @@ _NEVER = -1e30  # a maximum below every score, finite so that differences are
 _REGISTERS = {1: 232, 2: 232, 3: 152}  # of a consumer, by their number
 
 
-def unsupported(q: jax.Array, k_words: jax.Array) -> str | None:
-  """Why the kernel cannot attend with these operands, or None."""
-  if q.shape[-1] not in (64, 128):
-    return f"head_dim {q.shape[-1]} is neither 64 nor 128"
-  if q.dtype not in (jnp.float8_e4m3fn, jnp.bfloat16):
-    return f"queries are {q.dtype}, not e4m3 or bf16"
-  if k_words.shape[2] % 16:
-    return f"the capacity {k_words.shape[2]} is not a multiple of 16"
-  if q.shape[1] > MAX_QUERIES:
-    return f"{q.shape[1]} query tokens are more than {MAX_QUERIES}"
-  return None
+def supported(q: jax.Array, k_words: jax.Array) -> None:
+  """Returns if the kernel can run this.
+
+  Raises:
+    NotImplementedError: it cannot, with the reason.
+  """
+  length, _, head_dim = q.shape[1:]
+  for ok, reason in (
+    (head_dim in (64, 128), f"head_dim {head_dim}"),
+    (q.dtype in (jnp.float8_e4m3fn, jnp.bfloat16), f"queries of {q.dtype}"),
+    (k_words.shape[2] % 16 == 0, f"a capacity of {k_words.shape[2]} tokens"),
+    (length <= MAX_QUERIES, f"{length} query tokens"),
+  ):
+    if not ok:
+      raise NotImplementedError(f"this kernel does not handle {reason}")
 
 
 def decode_attention(
@@ -101,10 +105,9 @@ def decode_attention(
     bf16 [B, T, N, H].
 
   Raises:
-    NotImplementedError: see `unsupported`.
+    NotImplementedError: see `supported`.
   """
-  if reason := unsupported(q, k_words):
-    raise NotImplementedError(reason)
+  supported(q, k_words)
   tuning = tuning or Tuning()
   batch, length, n, head_dim = q.shape
   kv_heads, capacity = k_words.shape[1:3]
