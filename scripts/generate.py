@@ -32,6 +32,13 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_integer(
     "max_new_tokens", 128, "Tokens to produce.", lower_bound=0, **define
   )
+  flags.DEFINE_integer(
+    "prefill_chunk",
+    8192,
+    "Tokens of a prompt read at once; fewer need less memory.",
+    lower_bound=1,
+    **define,
+  )
   flags.DEFINE_float("temperature", 0.7, "0 is greedy.", **define)
   flags.DEFINE_integer(
     "top_k", 0, "Sample among the k likeliest; 0: all.", **define
@@ -52,6 +59,7 @@ def run(values: flags.FlagValues) -> None:
     max_new_tokens=values.max_new_tokens,
     eos_token_ids=tuple(sorted(eos)),
     top_k=values.top_k,
+    prefill_chunk=values.prefill_chunk,
   )
 
   def answer(prompt: list[int], before: str = "", turn: int = 0) -> str:

@@ -93,6 +93,9 @@ def test_every_script_on_one_model(source, calib, tmp_path, capsys):
     assert generate.main(["generate.py", f"--ckpt={ckpt}", *prompt]) == 0
     texts.append(capsys.readouterr().out)
   assert texts[0] == texts[1]
+  flags = [*prompt, "--prefill_chunk=1", "--temperature=0"]
+  assert generate.main(["generate.py", f"--ckpt={out}", *flags]) == 0
+  texts.append(capsys.readouterr().out)
   assert all(text.startswith("ab") for text in texts)
 
   text = tmp_path / "text.txt"
@@ -322,6 +325,7 @@ def test_generate_refuses(source, capsys):
     (["--prompt=a", "--temperature=-1"], "temperature"),
     (["--prompt=a", "--top_p=0"], "top_p"),
     (["--prompt=a", "--top_k=1000"], "top_k"),
+    (["--prompt=a", "--prefill_chunk=0"], "prefill_chunk"),
     (["--prompt=a", "--max_new_tokens=5000"], ""),
   ):
     assert generate.main([*base, *flags]) == 2
