@@ -92,7 +92,7 @@ def _remove_for_good(folder: Path) -> None:
   for _ in range(100):
     shutil.rmtree(folder, ignore_errors=True)
     absent = 0 if folder.exists() else absent + 1
-    if absent == 3:
+    if absent == 7:
       return
     time.sleep(0.05)
 
