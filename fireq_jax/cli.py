@@ -168,10 +168,13 @@ def _signals_as_exceptions(received: list[int]) -> Iterator[None]:
     received.append(number)
     raise KeyboardInterrupt
 
-  numbers = (signal.SIGINT, signal.SIGTERM)
-  before = [signal.signal(number, stop) for number in numbers]
+  before = {
+    number: signal.signal(number, stop)
+    for number in (signal.SIGINT, signal.SIGTERM)
+    if signal.getsignal(number) != signal.SIG_IGN  # as in the background
+  }
   try:
     yield
   finally:
-    for number, handler in zip(numbers, before):
+    for number, handler in before.items():
       signal.signal(number, handler)

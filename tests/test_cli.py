@@ -401,10 +401,28 @@ def test_a_library_cannot_swallow_a_signal(
 
   monkeypatch.setattr(module, name, swallow)
   before = digests(tmp_path)
+  handler = signal.signal(number, signal.default_int_handler)
   code = quantize.main(arguments(source, tmp_path / "out", calib))
+  signal.signal(number, handler)
   assert code == 128 + number
   assert capsys.readouterr().err == "interrupted\n"
   assert digests(tmp_path) == before and not list(tmp_path.glob(".out*"))
+
+
+def test_an_ignored_signal_stays_ignored(
+  source, calib, tmp_path, monkeypatch, capsys
+):
+  convert = pipeline.quantize_model
+
+  def interrupted(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGINT)
+    return convert(*args, **kwargs)
+
+  monkeypatch.setattr(pipeline, "quantize_model", interrupted)
+  handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  code = quantize.main(arguments(source, tmp_path / "out", calib))
+  signal.signal(signal.SIGINT, handler)
+  assert code == 0 and capsys.readouterr().err == ""
 
 
 def test_debug_shows_the_traceback(tmp_path, capsys):
