@@ -471,11 +471,11 @@ def test_readme(tmp_path):
   examples = re.findall(
     r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
   )
-  assert len(examples) == 3
+  assert len(examples) == 4
   child = start(["-c", "\n".join(examples)], cwd=tmp_path)
   printed, errors = child.communicate(timeout=300)
   assert child.returncode == 0, errors
-  assert len(printed.split()) > 10
+  assert len(printed.split()) > 50
   made = checkpoint.inspect(tmp_path / "demo-w4a16", verify=True)
   assert made.recipe.name == "w4a16"
 
