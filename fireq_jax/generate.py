@@ -130,8 +130,8 @@ def generate(
   Raises:
     DataError: there is no prompt, or an empty one, or one with ids outside
       the vocabulary.
-    ConfigError: an option is out of range or unknown, or prompts and `max_new_tokens` do
-      not fit the cache or the model's positions.
+    ConfigError: an option is unknown or out of range, or prompts and
+      `max_new_tokens` do not fit the cache or the model's positions.
   """
   check_implementation(implementation)
   request = _check_request(

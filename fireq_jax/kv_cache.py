@@ -134,8 +134,8 @@ def encode(k: jax.Array, v: jax.Array, kv: KVFormat) -> KeyValues:
   """Rounds keys and values to a format, per token and kv head.
 
   INT4: scale = amax * f32(1 / 7) rounded to its dtype, codes = round(x /
-  scale) in [-7, 7]; e4m3 the same with 448. Codes are computed against the rounded
-  scale; a scale that would round to zero is 1 with codes 0 (FireQ 3.3).
+  scale) in [-7, 7]; e4m3 the same with 448. Codes are computed against the
+  rounded scale; a scale that would round to zero is 1 with codes 0 (FireQ 3.3).
 
   Args:
     k: [B, S, K, H] of any float dtype, after RoPE.

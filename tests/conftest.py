@@ -19,6 +19,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import tiny_llama  # noqa: E402
+from command_line import digests  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 4)  # for the sharding tests
@@ -85,3 +86,20 @@ def make_hf_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     return path
 
   return make
+
+
+@pytest.fixture
+def source(make_hf_checkpoint: Callable[..., Path]) -> Iterator[Path]:
+  """A float model with a byte-level tokenizer; must never change."""
+  folder = make_hf_checkpoint("source", tokenizer=True)
+  before = digests(folder)
+  yield folder
+  assert digests(folder) == before
+
+
+@pytest.fixture
+def calib(tmp_path: Path) -> Path:
+  """Token ids to calibrate on."""
+  path = tmp_path / "tokens.npy"
+  np.save(path, np.random.default_rng(0).integers(0, 256, 200))
+  return path

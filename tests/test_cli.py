@@ -3,14 +3,7 @@
 import importlib.util
 import json
 import os
-import random
-import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from hashlib import sha256
 from pathlib import Path
 
 import eval_ppl
@@ -20,47 +13,9 @@ import numpy as np
 import pytest
 import quantize
 import write_calibration
+from command_line import arguments, digests, script, start
 
-from fireq_jax import checkpoint, pipeline, plan
-from fireq_jax.errors import CheckpointError
-
-ROOT = Path(__file__).parent.parent
-
-
-def digests(folder: Path) -> dict[str, str]:
-  return {
-    str(p.relative_to(folder)): sha256(p.read_bytes()).hexdigest()
-    for p in sorted(folder.rglob("*"))
-    if p.is_file()
-  }
-
-
-@pytest.fixture
-def source(make_hf_checkpoint):
-  """A float model with a byte-level tokenizer; must never change."""
-  folder = make_hf_checkpoint("source", tokenizer=True)
-  before = digests(folder)
-  yield folder
-  assert digests(folder) == before
-
-
-@pytest.fixture
-def calib(tmp_path) -> Path:
-  path = tmp_path / "tokens.npy"
-  np.save(path, np.random.default_rng(0).integers(0, 256, 200))
-  return path
-
-
-def arguments(source, out, calib, *more) -> list[str]:
-  return [
-    "quantize.py",
-    f"--ckpt={source}",
-    f"--out={out}",
-    f"--calib={calib}",
-    "--num_calib=2",
-    "--seq_len=32",
-    *more,
-  ]
+from fireq_jax import checkpoint, plan
 
 
 def test_every_script_on_one_model(source, calib, tmp_path, capsys):
@@ -278,31 +233,6 @@ def test_a_plot_needs_matplotlib_before_work(tmp_path, monkeypatch, capsys):
   assert "matplotlib" in capsys.readouterr().err
 
 
-def test_calibration_is_written_whole_or_not(source, tmp_path, monkeypatch):
-  written = tmp_path / "written.npy"
-  command = ["x.py", f"--ckpt={source}", f"--out={written}", "--seq_len=16"]
-
-  def fill_the_disk(stream, windows):
-    stream.write(b"some of it")
-    raise OSError(28, "No space left on device")
-
-  def come_second(stream, windows):
-    written.write_text("another's")
-
-  monkeypatch.setattr(
-    write_calibration,
-    "write_windows",
-    lambda model, **options: np.zeros((1, 16), np.int32),
-  )
-  monkeypatch.setattr(np, "save", fill_the_disk)
-  before = digests(tmp_path)
-  assert write_calibration.main(command) == 3
-  assert digests(tmp_path) == before
-  monkeypatch.setattr(np, "save", come_second)
-  assert write_calibration.main(command) == 3
-  assert written.read_text() == "another's"
-
-
 def test_tokenizer_is_needed_for_text_only(
   make_hf_checkpoint, calib, tmp_path, capsys
 ):
@@ -352,79 +282,6 @@ def test_chat(make_hf_checkpoint, monkeypatch, capsys):
   assert capsys.readouterr().out.count("\n") >= 2
 
 
-@pytest.mark.parametrize(
-  "error, code",
-  [
-    (KeyboardInterrupt(), 130),
-    (MemoryError(), 3),
-    (OSError(28, "No space left on device", "/x"), 3),
-    (ZeroDivisionError("a bug"), 1),
-  ],
-)
-def test_what_happens_midway(
-  error, code, source, calib, tmp_path, monkeypatch, capsys
-):
-  def fail(*args, **kwargs):
-    raise error
-
-  monkeypatch.setattr(pipeline, "quantize_model", fail)
-  before = digests(tmp_path)
-  assert quantize.main(arguments(source, tmp_path / "out", calib)) == code
-  printed = capsys.readouterr().err
-  assert ("Traceback" in printed) == (code == 1)
-  assert digests(tmp_path) == before
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(
-  "module, name",
-  [
-    (pipeline, "quantize_model"),
-    (checkpoint.ocp, "save"),
-    (checkpoint.ocp, "metadata"),
-    (checkpoint.ocp, "load"),
-  ],
-)
-def test_a_library_cannot_swallow_a_signal(
-  module, name, number, source, calib, tmp_path, monkeypatch, capsys
-):
-  work = getattr(module, name)
-
-  def swallow(*args, **kwargs):
-    monkeypatch.setattr(module, name, work)
-    try:
-      os.kill(os.getpid(), number)
-      time.sleep(0.1)
-    except BaseException as error:
-      raise RuntimeError("something went wrong") from error
-    return work(*args, **kwargs)
-
-  monkeypatch.setattr(module, name, swallow)
-  before = digests(tmp_path)
-  handler = signal.signal(number, signal.default_int_handler)
-  code = quantize.main(arguments(source, tmp_path / "out", calib))
-  signal.signal(number, handler)
-  assert code == 128 + number
-  assert capsys.readouterr().err == "interrupted\n"
-  assert digests(tmp_path) == before and not list(tmp_path.glob(".out*"))
-
-
-def test_an_ignored_signal_stays_ignored(
-  source, calib, tmp_path, monkeypatch, capsys
-):
-  convert = pipeline.quantize_model
-
-  def interrupted(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGINT)
-    return convert(*args, **kwargs)
-
-  monkeypatch.setattr(pipeline, "quantize_model", interrupted)
-  handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-  code = quantize.main(arguments(source, tmp_path / "out", calib))
-  signal.signal(signal.SIGINT, handler)
-  assert code == 0 and capsys.readouterr().err == ""
-
-
 def test_debug_shows_the_traceback(tmp_path, capsys):
   command = ["inspect_ckpt.py", f"--ckpt={tmp_path}", "--debug"]
   assert inspect_ckpt.main(command) == 2
@@ -443,75 +300,7 @@ def test_machine_too_small(source, calib, tmp_path, monkeypatch, capsys):
   assert "disk space" in capsys.readouterr().err
 
 
-def start(command: list[str], cwd: Path | None = None) -> subprocess.Popen:
-  return subprocess.Popen(
-    [sys.executable, *command],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-    cwd=cwd,
-    env=os.environ
-    | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "COLUMNS": "80"},
-  )
-
-
-def script(name: str) -> str:
-  return str(ROOT / "scripts" / name)
-
-
-def test_readme(tmp_path):
-  """Its first command, and what it shows in Python, as processes."""
-  child = start(
-    [script("quantize.py"), "--ckpt=demo", "--seq_len=64"], cwd=tmp_path
-  )
-  _, errors = child.communicate(timeout=300)
-  assert child.returncode == 0 and errors == ""
-  manifest = checkpoint.inspect(tmp_path / "demo-fireq")
-  assert manifest.config.vocab_size == 4096
-  examples = re.findall(
-    r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
-  )
-  assert len(examples) == 4
-  child = start(["-c", "\n".join(examples)], cwd=tmp_path)
-  printed, errors = child.communicate(timeout=300)
-  assert child.returncode == 0, errors
-  assert len(printed.split()) > 50
-  made = checkpoint.inspect(tmp_path / "demo-w4a16", verify=True)
-  assert made.recipe.name == "w4a16"
-
-
 def test_an_error_is_the_exit_code_of_a_process(tmp_path):
   child = start([script("inspect_ckpt.py"), f"--ckpt={tmp_path}"])
   _, errors = child.communicate(timeout=60)
   assert child.returncode == 2 and errors.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_interrupted_processes_leave_nothing_partial(source, calib, tmp_path):
-  """Signals at random moments: no output or a complete one."""
-  out = tmp_path / "out"
-  command = arguments(source, out, calib)
-  process = [script(command[0]), *command[1:]]
-  rng = random.Random(2)
-  for number, code in (
-    (signal.SIGINT, 130),
-    (signal.SIGTERM, 143),
-    (signal.SIGKILL, -9),
-    (signal.SIGKILL, -9),
-  ):
-    child = start(process)
-    assert child.stdout is not None
-    child.stdout.readline()  # the plan: signals are handled from here on
-    time.sleep(rng.uniform(0, 3))
-    child.send_signal(number)
-    said = child.communicate(timeout=300)
-    assert child.returncode in (0, code), (number, child.returncode, said)
-    if out.exists():
-      checkpoint.inspect(out, verify=True)
-      shutil.rmtree(out)
-    if number != signal.SIGKILL:
-      assert not list(tmp_path.glob(".out*"))
-  with pytest.raises(CheckpointError):
-    checkpoint.load(out)
-  assert quantize.main(command) == 0
-  assert not list(tmp_path.glob(".out*"))

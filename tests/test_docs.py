@@ -3,13 +3,14 @@
 import importlib
 import json
 import re
-from pathlib import Path
 
 import pytest
 from absl import flags
 from benchmarks import common
+from command_line import ROOT, script, start
 
-ROOT = Path(__file__).parent.parent
+from fireq_jax import checkpoint
+
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
@@ -45,3 +46,24 @@ def test_results_say_how_they_were_measured(file):
   for report in found if isinstance(found, list) else [found]:
     assert {"card", "date", "versions", "command", "rows"} <= report.keys()
     assert report["rows"] and report["versions"]["jax"]
+
+
+def test_readme(tmp_path):
+  """Its first command, and what it shows in Python, as processes."""
+  child = start(
+    [script("quantize.py"), "--ckpt=demo", "--seq_len=64"], cwd=tmp_path
+  )
+  _, errors = child.communicate(timeout=300)
+  assert child.returncode == 0 and errors == ""
+  manifest = checkpoint.inspect(tmp_path / "demo-fireq")
+  assert manifest.config.vocab_size == 4096
+  examples = re.findall(
+    r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+  )
+  assert len(examples) == 4
+  child = start(["-c", "\n".join(examples)], cwd=tmp_path)
+  printed, errors = child.communicate(timeout=300)
+  assert child.returncode == 0, errors
+  assert len(printed.split()) > 50
+  made = checkpoint.inspect(tmp_path / "demo-w4a16", verify=True)
+  assert made.recipe.name == "w4a16"

@@ -17,7 +17,8 @@ def require_hopper(multiprocessors: int = 1) -> None:
     raise NotImplementedError(f"the kernels need a GPU, not {device.platform}")
   if device.compute_capability != "9.0":
     raise NotImplementedError(
-      f"the kernels need compute capability 9.0, not {device.compute_capability}"
+      "the kernels need compute capability 9.0,"
+      f" not {device.compute_capability}"
     )
   if device.core_count < multiprocessors:
     raise NotImplementedError(

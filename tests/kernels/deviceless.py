@@ -23,7 +23,7 @@ class Report:
 
 
 def compile_for_hopper(function, args, **options):
-  """The executable of jit(function, **options) for arguments of these shapes."""
+  """The executable of jit(function, **options) for arguments of such shapes."""
   topology = topologies.get_topology_desc(
     platform="cuda", target_config=_TARGET.read_text(), topology="1x1x1"
   )
