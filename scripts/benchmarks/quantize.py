@@ -53,7 +53,8 @@ def run(values: flags.FlagValues) -> Iterable[dict]:
     config["num_hidden_layers"] = values.layers
   with tempfile.TemporaryDirectory(dir=values.dir) as work:
     source, out = Path(work, "source"), Path(work, "out")
-    write_random_model(source, config)
+    # The peak memory of a process counts that of the one which started it.
+    common.isolated(write_random_model, source, config, timeout_s=600)
     tokens = np.random.default_rng(1).integers(
       0, config["vocab_size"], (values.num_calib, values.seq_len), np.int32
     )
