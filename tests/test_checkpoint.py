@@ -390,52 +390,79 @@ def test_one_of_two_savers_wins(tmp_path, monkeypatch):
 
 
 _SAVER = """
-import sys
+import os, sys
 sys.path[:0] = [{tests!r}]
 import test_checkpoint
-print("ready", flush=True)
-for seed in range(2, 1000):
-  test_checkpoint.save({path!r}, seed=seed, overwrite=True)
-  print(seed, flush=True)
+for line in sys.stdin:  # a process that has run no threads yet, so it may fork
+  child = os.fork()
+  if child:
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("ended", flush=True)
+    continue
+  path, warm = line.split()
+  test_checkpoint.save(warm, overwrite=True)
+  print("ready", flush=True)
+  for seed in range(2, 60):
+    test_checkpoint.save(path, seed=seed, overwrite=True)
+  os._exit(1)
 """
 
 
-def kill_while_saving(path: Path, delay: float) -> None:
-  """Starts a process that saves in a loop, and kills it after `delay` s."""
-  child = subprocess.Popen(
-    [
-      sys.executable,
-      "-c",
-      _SAVER.format(tests=str(Path(__file__).parent), path=str(path)),
-    ],
+@pytest.fixture
+def kill_while_saving(tmp_path_factory):
+  """Returns a function: in a process, saves at a path until it is killed."""
+  warm = tmp_path_factory.mktemp("warm") / "ckpt"
+  saver = subprocess.Popen(
+    [sys.executable, "-c", _SAVER.format(tests=str(Path(__file__).parent))],
+    stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
+    text=True,
     env=os.environ | {"JAX_PLATFORMS": "cpu"},
     cwd=Path(__file__).parent.parent,
   )
-  assert child.stdout is not None
-  with child.stdout as output:
-    assert output.readline() == b"ready\n"
+  assert saver.stdin is not None and saver.stdout is not None
+
+  def kill(path: Path, delay: float) -> None:
+    saver.stdin.write(f"{path} {warm}\n")
+    saver.stdin.flush()
+    child = int(saver.stdout.readline())
+    assert saver.stdout.readline() == "ready\n"
     time.sleep(delay)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    os.kill(child, signal.SIGKILL)
+    assert saver.stdout.readline() == "ended\n"
+
+  with saver:
+    yield kill
+    saver.kill()
 
 
 @pytest.mark.slow
-def test_kill_leaves_a_complete_checkpoint(tmp_path):
+def test_kill_leaves_a_complete_checkpoint(tmp_path, kill_while_saving):
   """Killed at random during save and overwrite: old or new, never neither."""
   rng = random.Random(5)
-  possible = {tuple(as_bytes(random_params(seed))) for seed in range(40)}
+  possible = {tuple(as_bytes(random_params(seed))) for seed in range(60)}
+  save(tmp_path / "c", seed=0)
+  start = time.perf_counter()
+  save(tmp_path / "c", seed=0, overwrite=True)
+  once = time.perf_counter() - start
+  there = 0
   for i in range(6):  # no checkpoint before
     path = tmp_path / f"fresh{i}"
-    kill_while_saving(path, rng.uniform(0, 0.3))
+    kill_while_saving(path, rng.uniform(0, 1.5 * once))
     if path.exists():
+      there += 1
       assert tuple(as_bytes(checkpoint.load(path).params)) in possible
     save(path, seed=1, overwrite=True)  # sweeps what was left
   path = tmp_path / "c"
-  save(path, seed=0)
+  before, changed = None, 0
   for _ in range(10):
-    kill_while_saving(path, rng.uniform(0, 0.6))
-    assert tuple(as_bytes(checkpoint.load(path).params)) in possible
+    kill_while_saving(path, rng.uniform(0, 2 * once))
+    now = tuple(as_bytes(checkpoint.load(path).params))
+    assert now in possible
+    changed += now != before
+    before = now
+  print(f"{once:.2f} s, {there} of 6 saved, {changed} of 10 overwritten")
   save(path, seed=1, overwrite=True)
   names = {f"fresh{i}" for i in range(6)} | {"c"}
   assert {p.name for p in tmp_path.iterdir()} == names
