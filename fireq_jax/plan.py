@@ -19,7 +19,7 @@ from fireq_jax.recipe import PROJECTIONS, Recipe
 _BASE_BYTES = 700_000_000
 # Copies of a layer alive at once: read, smoothed, quantised, dequantised.
 _LAYER_COPIES = 4
-# And in f32 while it is trained: start, offsets, two moments, gradient, values.
+# And in f32 while it is trained: weights, two moments, values, slopes, fusions.
 _TRAINED_COPIES = 6
 _DISK_MARGIN = 1.1
 
