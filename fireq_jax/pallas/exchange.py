@@ -1,13 +1,11 @@
 """Sums that CTAs of a cluster exchange, from registers to registers.
 
-They pass through shared memory that was used for something else before: a CTA
-may `put` values into another's once all threads of the cluster have said, by
-`arrive`, that they no longer need theirs. Values lie there in the order of
-registers, 16 bytes a thread side by side, without bank conflicts, and each
-announces itself to the barrier of its receiver.
+A CTA may `put` values into another's shared memory once all threads of the
+cluster have come to `arrive`. They lie there in the order of registers, 16
+bytes a thread side by side, without bank conflicts, and each announces itself
+to a barrier of its receiver.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -49,7 +47,7 @@ def expect(barrier: Any, size: int) -> None:
     }}"""
     fixed_assembly(text, [shared_address(barrier)], "r")
 
-  plgpu.inline_mgpu(arg_types=(_ANY,))(emit)(barrier)
+  plgpu.inline_mgpu(arg_types=(_REF,))(emit)(barrier)
 
 
 def arrive() -> None:
@@ -70,33 +68,21 @@ def join() -> None:
   plgpu.inline_mgpu()(emit)()
 
 
-def put(
-  values: jax.Array,
-  memory: Any,
-  transforms: tuple,
-  place: jax.Array,
-  barrier: Any,
-  cta: int,
-) -> None:
+def put(values: jax.Array, target: Any, barrier: Any, cta: int) -> None:
   """Stores values in the memory of a CTA of the cluster.
 
   Args:
     values: f32 [64, N], in one warpgroup.
-    memory: shared memory of this CTA: that of the other has the same address.
-    transforms: of the memory.
-    place: so many values like these lie before them.
+    target: f32 [64 * N] of this CTA: that of the other has the same address.
     barrier: of the other CTA, likewise.
     cta: index of the other CTA in the cluster.
   """
 
-  def emit(_, values, memory, place, barrier):
+  def emit(_, values, target, barrier):
     text = f"mapa.shared::cluster.u32 $0, $1, {cta};"
     start, signal = (
       fixed_assembly(text, [address], "=r,r", i32())
-      for address in (
-        _of_thread(memory, place, values.shape),
-        shared_address(barrier),
-      )
+      for address in (_of_thread(target), shared_address(barrier))
     )
     pairs = values.registers.flat
     for i, (a, b) in enumerate(zip(pairs[0::2], pairs[1::2], strict=True)):
@@ -107,9 +93,8 @@ def put(
         "r,r,f,f,f,f",
       )
 
-  types = _WGMMA, plgpu.RefType(transforms), _SCALAR, _ANY
-  plgpu.inline_mgpu(arg_types=types)(emit)(
-    plgpu.layout_cast(values, _WGMMA), memory, place, barrier
+  plgpu.inline_mgpu(arg_types=(_WGMMA, _REF, _REF))(emit)(
+    plgpu.layout_cast(values, _WGMMA), target, barrier
   )
 
 
@@ -125,16 +110,14 @@ def wait(barrier: Any) -> None:
     }"""
     fixed_assembly(text, [shared_address(barrier)], "r")
 
-  plgpu.inline_mgpu(arg_types=(_ANY,))(emit)(barrier)
+  plgpu.inline_mgpu(arg_types=(_REF,))(emit)(barrier)
 
 
-def take(
-  memory: Any, transforms: tuple, place: jax.Array, shape: tuple[int, ...]
-) -> jax.Array:
+def take(source: Any, shape: tuple[int, ...]) -> jax.Array:
   """What `put` stored: f32 of this shape, [64, N]."""
 
-  def emit(_, memory, place):
-    start = _of_thread(memory, place, shape)
+  def emit(_, source):
+    start = _of_thread(source)
     layout = mgpu.WGMMA_LAYOUT
     out = np.empty(layout.registers_shape(shape), dtype=object)
     f32 = ir.F32Type.get()
@@ -152,23 +135,20 @@ def take(
     return array(out, layout)
 
   return plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(transforms), _SCALAR),
+    arg_types=(_REF,),
     return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, _WGMMA),
-  )(emit)(memory, place)
+  )(emit)(source)
 
 
-_ANY = plgpu.RefType()
-_SCALAR = plgpu.Layout.WG_SPLAT(())
+_REF = plgpu.RefType()
 
 
-def _of_thread(memory, place, shape):
+def _of_thread(ref):
   """Address of the first 16 bytes of a thread."""
-  text = f"""{{
+  text = """{
     .reg .b32 i;
     mov.u32 i, %tid.x;
     and.b32 i, i, 127;
-    mad.lo.u32 i, i, 16, $1;
-    mad.lo.u32 $0, $2, {math.prod(shape) * 4}, i;
-    }}"""
-  [place] = place.registers.flat
-  return fixed_assembly(text, [shared_address(memory), place], "=r,r,r", i32())
+    mad.lo.u32 $0, i, 16, $1;
+    }"""
+  return fixed_assembly(text, [shared_address(ref)], "=r,r", i32())

@@ -45,6 +45,9 @@ class Kernel(Plan):
     self.gmem, self.smem = dict(zip(names, refs, strict=True)), smem
     self.cta = lax.axis_index("cta")
     self.my_tiles = pl.cdiv(self.tiles - self.cta, self.ctas)
+    if self.cut > 1:
+      self.my_tiles = self.tiles // self.ctas
+      self.my_tiles += (self.cta < self.last * self.cut).astype(jnp.int32)
     self.part, self.first_step, self.my_steps = 0, 0, self.steps
     if self.shares:
       self.part = lax.axis_index("part")
@@ -52,6 +55,8 @@ class Kernel(Plan):
       self.first_step = begin(self.part)
       self.my_steps = begin(self.part + 1) - self.first_step
     warpgroup = lax.axis_index("warpgroup")
+    if self.shares:
+      self.expect_shares(warpgroup)
     for_consumer, for_producer = REGISTERS[self.consumers]
 
     @pl.when(warpgroup == self.consumers)
@@ -64,20 +69,36 @@ class Kernel(Plan):
       plgpu.set_max_registers(for_consumer, action="increase")
       group = lax.rem(warpgroup, self.tuning.row_groups)
       turn = lax.div(warpgroup, self.tuning.row_groups)
-      if self.shares:
-        pl.when(turn == 0)(lambda: self.expect_shares(group))
       self.consume(group, turn)
 
   def for_each_tile(self, body):
-    """Calls body(row tile, first token, steps so far) for this CTA's tiles."""
+    """Calls body(row tile, first token, steps so far) for this CTA's tiles.
 
-    def tile(i, _):
+    Those of a last wave that has been cut are less wide.
+    """
+    tile_t, cut = self.tuning.tile_t, self.cut
+
+    def tile(index, i, token):
       row_tile, token_tile = plgpu.planar_snake(
-        self.cta + i * self.ctas, self.grid, 1, self.tuning.raster
+        index, self.grid, 1, self.tuning.raster
       )
-      body(row_tile, token_tile * self.tuning.tile_t, i * self.my_steps)
+      body(row_tile, token_tile * tile_t + token, i * self.my_steps)
 
-    lax.fori_loop(0, self.my_tiles, tile, None)
+    def whole(i, _):
+      tile(self.cta + i * self.ctas, i, 0)
+
+    self.width = tile_t
+    if cut == 1:
+      lax.fori_loop(0, self.my_tiles, whole, None)
+      return
+    waves = self.tiles // self.ctas
+    lax.fori_loop(0, waves, whole, None)
+    self.width = tile_t // cut
+
+    @pl.when(self.my_tiles > waves)
+    def _():
+      index = waves * self.ctas + lax.div(self.cta, cut)
+      tile(index, waves, lax.rem(self.cta, cut) * self.width)
 
   def produce(self):
     gmem, smem, tuning = self.gmem, self.smem, self.tuning
@@ -118,7 +139,8 @@ class Kernel(Plan):
           )
         columns = pl.ds(k * blocks * BLOCK, blocks * BLOCK)
         copy(
-          gmem["x"].at[pl.ds(token, tuning.tile_t), columns], smem["x"].at[slot]
+          gmem["x"].at[pl.ds(token, self.width), columns],
+          smem["x"].at[slot, pl.ds(0, self.width)],
         )
 
       @plgpu.warp_map
@@ -128,8 +150,6 @@ class Kernel(Plan):
           lax.fori_loop(0, self.my_steps, step, None)
 
     self.for_each_tile(tile)
-    if self.shares:
-      exchange.arrive()
     used = self.my_tiles * self.my_steps
 
     @plgpu.warp_map
@@ -180,7 +200,7 @@ class Kernel(Plan):
       @pl.when(turn >= first)
       def _():
         part = pl.ds((turn - first) * ROWS, ROWS)
-        smem["sums"].at[group, part][...] = sums
+        smem["sums"].at[group, part, pl.ds(0, self.width)][...] = sums
         plgpu.barrier_arrive(smem["sums_full"].at[group])
 
       @pl.when(turn == 0)
@@ -204,10 +224,10 @@ class Kernel(Plan):
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   def main_loop(self, group, turn, before):
-    """f32 sums [64, tile_t] over the steps of a tile that have this turn."""
+    """f32 sums [64, width] over the steps of a tile that have this turn."""
     smem, w, tuning = self.smem, self.w, self.tuning
     blocks, interleave = tuning.blocks, tuning.interleave
-    acc_types = [plgpu.ACC((ROWS, tuning.tile_t), jnp.float32)] * self.fold
+    acc_types = [plgpu.ACC((ROWS, self.width), jnp.float32)] * self.fold
     first = lax.rem(turn - lax.rem(before, interleave) + interleave, interleave)
     steps = pl.cdiv(self.my_steps - first, interleave)
 
@@ -216,6 +236,7 @@ class Kernel(Plan):
       plgpu.barrier_wait(smem["full"].at[slot])
       return slot
 
+    tokens = pl.ds(0, self.width)
     half = lax.div(group, self.in_half)
     rows = pl.ds(lax.rem(group, self.in_half) * self.held, ROWS)
 
@@ -239,12 +260,12 @@ class Kernel(Plan):
       for i, acc in enumerate(accs):
         columns = (self.fold * pair + i) * BLOCK + start
         columns = pl.ds(columns, weights.shape[1])
-        plgpu.wgmma(acc, weights, smem["x"].at[slot, :, columns].T)
+        plgpu.wgmma(acc, weights, smem["x"].at[slot, tokens, columns].T)
 
     def result(accs):
       if self.fold == 1:
         return accs[0][...]
-      shape = ROWS, tuning.tile_t
+      shape = ROWS, self.width
       row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA)
       return jnp.where(row < FOLDED, accs[0][...], accs[1][...])
 
@@ -287,20 +308,23 @@ class Kernel(Plan):
 
     if w.scale.dtype == jnp.float8_e4m3fn:
       return pl.run_scoped(scaled, *acc_types)
-    zeros = jnp.zeros((ROWS, tuning.tile_t), jnp.float32)
+    zeros = jnp.zeros((ROWS, self.width), jnp.float32)
     return lax.fori_loop(0, steps, exact, plgpu.layout_cast(zeros, _WGMMA))
 
   # CTAs that share a tile have its sums over parts of C. Each gets the sums of
-  # its tokens from all consumers of the cluster, where x was.
+  # its tokens from all consumers of the cluster.
 
-  def expect_shares(self, group):
-    size = self.shares * ROWS * self.my_tokens * 4
-    exchange.expect(self.smem["shares_full"].at[group], size)
+  def expect_shares(self, warpgroup):
+    @pl.when(warpgroup < self.tuning.row_groups)
+    def _():
+      size = self.shares * ROWS * self.my_tokens * 4
+      exchange.expect(self.smem["shares_full"].at[warpgroup], size)
+
+    exchange.arrive()
 
   def share(self, sums, group, turn):
     """Sends sums [64, tile_t] to the CTAs that finish them."""
     split, interleave = self.tuning.split, self.tuning.interleave
-    exchange.arrive()
     exchange.join()
     for part in range(split):
       place = (self.part - part + split) * interleave + turn
@@ -310,8 +334,7 @@ class Kernel(Plan):
       def _(part=part, place=place):
         exchange.put(
           self.tokens_of(part, sums),
-          *self.memory_of_x,
-          group * self.shares + place - 1,
+          self.smem["shares"].at[group, place - 1],
           self.smem["shares_full"].at[group],
           part,
         )
@@ -324,13 +347,8 @@ class Kernel(Plan):
       total = jnp.where(mine, self.tokens_of(part, sums), total)
     exchange.wait(self.smem["shares_full"].at[group])
     for i in range(self.shares):
-      place = group * self.shares + i
-      total += exchange.take(*self.memory_of_x, place, total.shape)
+      total += exchange.take(self.smem["shares"].at[group, i], total.shape)
     return total
-
-  @property
-  def memory_of_x(self):
-    return self.smem["x"].at[0], self.x_transforms
 
   def tokens_of(self, part, sums):
     start = part * self.my_tokens

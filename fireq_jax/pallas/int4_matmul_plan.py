@@ -60,12 +60,23 @@ class Plan:
     if tuning.split > 1:
       self.ctas = self.tiles
       self.parts, self.shares = 0, tuning.split * tuning.interleave - 1
+    self.last = self.tiles % self.ctas
+    self.cut = tuning.cut if 0 < self.last * tuning.cut <= self.ctas else 1
     # The epilogue handles at most so many tokens at a time, in buffers.
-    self.my_tokens = tuning.tile_t // tuning.split
+    self.width = tuning.tile_t // self.cut
     piece, self.buffers = (64, 1) if w.gated else (32, 2)
     self.piece = math.gcd(piece, self.my_tokens // self.halves)
-    self.pieces = self.my_tokens // (self.piece * self.halves)
+    self.width = tuning.tile_t  # of the tiles that a piece of code is for
     self.vectors = [v for v in ("row_scale", "bias", "x_scale") if v in inputs]
+
+  @property
+  def my_tokens(self):
+    """Tokens of a tile that this CTA finishes."""
+    return self.width // self.tuning.split
+
+  @property
+  def pieces(self):
+    return self.my_tokens // (self.piece * self.halves)
 
   def scratch(self):
     tuning, inputs = self.tuning, self.inputs
@@ -123,7 +134,10 @@ class Plan:
       scratch["sums_free"] = plgpu.Barrier(num_barriers=row_groups)
     if self.shares:
       scratch["shares_full"] = plgpu.SMEM((row_groups, 2), jnp.int32)
-      self.x_transforms = scratch["x"].transforms
+      sums = ROWS * self.my_tokens
+      scratch["shares"] = plgpu.SMEM(
+        (row_groups, self.shares, sums), jnp.float32
+      )
     if self.w.gated:
       scratch["swap"] = swizzled((row_groups, ROWS, self.piece), jnp.float32)
       scratch["swap_full"] = plgpu.Barrier(num_barriers=row_groups)

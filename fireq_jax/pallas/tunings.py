@@ -1,5 +1,6 @@
 """Which tuning of the INT4 matmul to use, by measured speed of its tiles."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -12,6 +13,8 @@ from fireq_jax.pallas.int4_matmul import Tuning
 from fireq_jax.pallas.layouts import BLOCK, ROWS, PackedInt4
 
 Mode = Literal["e4m3", "exact", "bf16"]
+_CUT_FROM = 256  # tokens of a tile: others gain nothing by being cut
+_CUT_NS = 1500  # that the code for the parts takes longer
 EXCHANGE_NS = 2000  # that a shared tile takes longer
 
 
@@ -32,29 +35,44 @@ def choose(t: int, w: PackedInt4) -> Tuning:
 
   A kernel takes as long as the CTA with the most tiles, so this weighs waves
   against the cost of a tile, and that against the cost of sharing it. Shared
-  tiles must all be under way at once. Of equals, fewer tokens a tile are best.
+  tiles must all be under way at once, and so must the parts into which tiles of
+  the last wave may be cut. Of equals, fewer tokens a tile are best.
   """
   n, c = w.shape
   mode: Mode = "e4m3" if w.scale.dtype == jnp.float8_e4m3fn else "exact"
   if w.activation == "bf16":
     mode = "bf16"
 
-  def tiles(tuning):
-    return math.ceil(n / tuning.rows) * math.ceil(t / tuning.tile_t)
-
-  def fits(tuning):
-    if w.gated and (tuning.row_groups % 2 or tuning.tile_t < 16):
-      return False
-    if tuning.split > 1:
-      return not w.gated and tiles(tuning) * tuning.split <= tuning.ctas
-    return n % tuning.rows == 0 or tuning.rows >= ROWS
+  blocks = math.ceil(c / BLOCK)
+  entries = [(tuning, ns[mode]) for tuning, ns in table() if mode in ns]
+  ns_of = {(x.rows, x.tile_t): ns for x, ns in entries if x.split == 1}
 
   def cost(entry):
+    """ns of the busiest CTA, infinite if there is no such kernel; tokens."""
     tuning, ns = entry
-    waves = math.ceil(tiles(tuning) * tuning.split / tuning.ctas)
-    blocks = math.ceil(c / BLOCK / tuning.split)
-    exchange = EXCHANGE_NS if tuning.split > 1 else 0
-    return waves * blocks * ns[mode] + exchange, tuning.tile_t
+    rows, tile_t, ctas = tuning.rows, tuning.tile_t, tuning.ctas
+    split, cut = tuning.split, tuning.cut
+    tiles = math.ceil(n / rows) * math.ceil(t / tile_t)
+    waves, last = divmod(tiles, ctas)
+    if (
+      (rows < ROWS and n % rows)
+      or (w.gated and (tuning.row_groups % 2 or tile_t < 16))
+      or (split > 1 and (w.gated or tiles * split > ctas))
+      or (cut > 1 and not (waves and 0 < last * cut <= ctas))
+    ):
+      return math.inf, tile_t
+    if split > 1:
+      return math.ceil(blocks / split) * ns + EXCHANGE_NS, tile_t
+    if cut > 1:
+      ns_last = ns_of.get((rows, tile_t // cut), math.inf) + _CUT_NS / blocks
+    else:
+      ns_last = ns if last else 0
+    return blocks * (waves * ns + ns_last), tile_t
 
-  entries = [e for e in table() if mode in e[1] and fits(e[0])]
-  return min(entries, key=cost)[0]
+  cut = [
+    (dataclasses.replace(tuning, cut=cut), ns)
+    for tuning, ns in entries
+    for cut in (2, 4)
+    if tuning.split == 1 and tuning.tile_t >= _CUT_FROM
+  ]
+  return min(entries + cut, key=cost)[0]

@@ -1,5 +1,6 @@
 """INT4 matmul: the reference against NumPy, the kernel against the reference."""
 
+import dataclasses
 import importlib.util
 
 import jax
@@ -140,7 +141,8 @@ def test_unsupported_inputs_give_a_reason(n, c, x_dtype, reason):
     {"rows": 320},
     {"tile_t": 24, "split": 2},
     {"tile_t": 16, "rows": 32, "split": 2},
-    {"tile_t": 16, "rows": 192, "stages": 2, "split": 2},
+    {"tile_t": 64, "cut": 2, "split": 2},
+    {"tile_t": 16, "cut": 4},
   ],
 )
 def test_impossible_tunings_are_refused(changes):
@@ -166,6 +168,14 @@ INTERPRETED = [
   (dict(n=128, c=256, t=1, epilogue="add"), dict(tile_t=8, stages=2, rows=64)),
   (dict(n=256, c=256, t=3, gated=True, bias=True),
    dict(tile_t=16, stages=2)),
+  (dict(n=192, c=384, t=48, epilogue="add", bias=True),
+   dict(tile_t=64, stages=2, rows=64, cut=2, ctas=2)),
+  (dict(n=320, c=512, t=32),
+   dict(tile_t=32, stages=2, rows=64, interleave=2, cut=4, ctas=4)),
+  (dict(n=384, c=256, t=61, gated=True, bias=True),
+   dict(tile_t=64, stages=2, cut=2, ctas=2)),
+  (dict(n=192, c=256, t=30, kind="exact"),
+   dict(tile_t=32, stages=3, rows=64, cut=2, ctas=2)),
   (dict(n=64, c=192, t=9, group=64, lowest=-8),
    dict(tile_t=16, stages=2, rows=64, blocks=2)),
   (dict(n=64, c=64, t=8, group=64), dict(tile_t=8, stages=1, rows=64)),
@@ -269,6 +279,16 @@ def test_every_shipped_tuning_compiles_without_spills(tmp_path, monkeypatch):
     for tuning, ns in tunings.table()
     for mode in ns
   ]
+  cases += [  # 133 tiles, of which the last is cut
+    (
+      shapes(t=tuning.tile_t, n=tuning.rows * 133, c=1024, mode=mode),
+      dataclasses.replace(tuning, cut=cut),
+    )
+    for tuning, ns in tunings.table()
+    for mode in ns
+    for cut in (2, 4)
+    if tuning.tile_t == 256
+  ]
   cases += [
     (shapes(t=t, n=256, c=1024, mode="e4m3", gated=True), tuning)
     for t in (16, 256)
@@ -287,6 +307,22 @@ def test_every_shipped_tuning_compiles_without_spills(tmp_path, monkeypatch):
   for (_, tuning), report in zip(cases, reports):
     assert report.spilled_bytes == 0, tuning
     assert not report.serialised_wgmma, tuning
+
+
+def test_tiles_are_shared_or_cut_where_that_fills_the_card():
+  def choice(t, n, c, **options):
+    w = shapes(t, n, c, mode="e4m3", **options)[1]
+    tuning = tunings.choose(t, w)
+    return tuning.split, tuning.cut
+
+  assert choice(64, 4096, 14336) == (2, 1)
+  assert choice(64, 8192, 4096) == (1, 1)  # enough tiles for all
+  assert choice(64, 4096, 1024) == (1, 1)  # not worth an exchange
+  assert choice(64, 4096, 14336, gated=True) == (1, 1)
+  assert choice(1024, 22016, 4096) == (1, 4)  # 28 tiles left of 688
+  assert choice(1024, 28672, 4096) == (1, 1)  # 104 of 896
+  assert choice(256, 22016, 4096) == (1, 1)  # two waves of 192 rows are faster
+  assert choice(256, 22016, 4096, gated=True) == (1, 2)
 
 
 @pytest.mark.parametrize("mode", MODES)
