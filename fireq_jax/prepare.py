@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from fireq_jax.errors import ConfigError
+from fireq_jax.errors import ConfigError, UnsupportedError
 from fireq_jax.pallas.layouts import has_minus_8, pack_int4_weights
 from fireq_jax.qtensor import QTensor
 
@@ -27,7 +27,15 @@ def prepare(params: Params, *, donate: bool = False) -> Params:
 
   Raises:
     ConfigError: the parameters are prepared already.
+    UnsupportedError: they lie on several devices.
   """
+  for leaf in jax.tree.leaves(params):
+    if isinstance(leaf, jax.Array) and len(leaf.devices()) > 1:
+      raise UnsupportedError(
+        "the kernels run on one device",
+        got=f"parameters on {len(leaf.devices())}",
+        hint='generate(..., implementation="xla") takes them as they are',
+      )
   layers = []
   for layer in params["model"]["layers"]:
     layers.append(prepare_layer(layer))

@@ -14,9 +14,10 @@ from fireq_jax.config import (
   GenerateConfig,
   KVFormat,
 )
-from fireq_jax.errors import ConfigError
+from fireq_jax.errors import ConfigError, UnsupportedError
 from fireq_jax.generate import generate
 from fireq_jax.models import llama
+from fireq_jax.prepare import prepare
 
 CONFIG = small_llama.config(
   vocab_size=256,
@@ -106,6 +107,12 @@ def test_sharded_model_gives_the_same_tokens(saved, whole, count, axis_type):
   split_logits, split_tokens = run(split, RECIPE.kv)
   np.testing.assert_allclose(split_logits, logits, rtol=0.05, atol=0.1)
   np.testing.assert_array_equal(split_tokens, tokens)
+
+
+def test_parameters_of_several_devices_are_not_prepared(saved):
+  params = checkpoint.load(saved, mesh_of(2)).params
+  with pytest.raises(UnsupportedError, match="one device.*parameters on 2"):
+    prepare(params)
 
 
 def test_rounded_activations_see_the_whole_row(tmp_path):
