@@ -45,7 +45,7 @@ def main(benchmark: ModuleType, argv: Sequence[str]) -> int:
     if values.plot and not hasattr(benchmark, "plot"):
       raise ConfigError("this benchmark has no plot")
     check_report_flags(values)
-    card, unfit = isolated(_card, timeout_s=120)
+    card, unfit = isolated(_card, timeout_s=300)
     if unfit and getattr(benchmark, "NEEDS_HOPPER", False):
       raise ResourceError(unfit)
     rows = []
