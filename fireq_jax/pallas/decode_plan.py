@@ -85,7 +85,7 @@ def plan(items: int, blocks: int, tuning: Tuning) -> Tuning:
     choices.append((1, 1))
   splits, team = min(choices, key=cost)
   is_open = (tuning.stages, tuning.consumers, tuning.team) == (None,) * 3
-  if is_open and (splits, team) == (1, 3) and blocks <= 16:
+  if is_open and (splits, team) == (1, consumers) and blocks <= 16:
     consumers, stages, team = 2, 8, 2  # which are merged sooner
   return dataclasses.replace(
     tuning, stages=stages, consumers=consumers, splits=splits, team=team

@@ -231,7 +231,7 @@ def int4_matmul(
   tokens = tokens or x.shape[0]
   rows = rows_of(tokens)
   if rows <= 8 and not w.gated:
-    tuning = dataclasses.replace(tuning, tile_t=8, split=1)
+    tuning = dataclasses.replace(tuning, tile_t=8, split=1, cut=1)
   x = _padded(x, rows, pl.cdiv(c, BLOCK) * BLOCK if c > BLOCK else c)
   operand = None if operand is None else _padded(operand, rows, n)
   inputs = dict(

@@ -62,11 +62,10 @@ class Plan:
       self.parts, self.shares = 0, tuning.split * tuning.interleave - 1
     self.last = self.tiles % self.ctas
     self.cut = tuning.cut if 0 < self.last * tuning.cut <= self.ctas else 1
+    self.width = tuning.tile_t  # of the tiles that are being emitted
     # The epilogue handles at most so many tokens at a time, in buffers.
-    self.width = tuning.tile_t // self.cut
     piece, self.buffers = (64, 1) if w.gated else (32, 2)
-    self.piece = math.gcd(piece, self.my_tokens // self.halves)
-    self.width = tuning.tile_t  # of the tiles that a piece of code is for
+    self.piece = math.gcd(piece, self.my_tokens // self.cut // self.halves)
     self.vectors = [v for v in ("row_scale", "bias", "x_scale") if v in inputs]
 
   @property

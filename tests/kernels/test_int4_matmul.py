@@ -157,6 +157,13 @@ def test_a_tuning_for_other_weights_is_refused():
     int4_matmul(x, w, x_scale, tuning=tuning)
 
 
+def test_few_tokens_fit_a_tuning_of_cut_tiles():
+  args, _ = problem(np.random.default_rng(9), 128, 128, 8)
+  tuning = Tuning(tile_t=64, stages=4, rows=64, cut=4)
+  call = lambda x, x_scale: int4_matmul(x, args[1], x_scale, tuning=tuning)
+  assert jax.eval_shape(call, args[0], args[2]).shape == (8, 128)
+
+
 # The kernel, thread by thread on the CPU.
 
 

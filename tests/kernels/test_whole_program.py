@@ -11,13 +11,15 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import pytest
+import small_llama
 from benchmarks.generate import random_params
 
 from fireq_jax import recipe as recipes
-from fireq_jax.config import GenerateConfig, LlamaConfig, RopeConfig
+from fireq_jax.config import GenerateConfig
+from fireq_jax.request import Request
 
 LAYERS = 1
-CONFIG = LlamaConfig(
+CONFIG = small_llama.config(
   vocab_size=256,
   hidden_size=2048,
   intermediate_size=4096,
@@ -25,10 +27,7 @@ CONFIG = LlamaConfig(
   num_attention_heads=16,
   num_key_value_heads=4,
   head_dim=128,
-  rms_norm_eps=1e-5,
   max_position_embeddings=256,
-  rope=RopeConfig(theta=10000.0),
-  tie_word_embeddings=False,
 )
 # Of a layer: four projections and their rounding; append and attention, which
 # at first has another kernel for its operands. The chain joins projections of
@@ -56,7 +55,7 @@ def test_generate_is_made_of_kernels(batch, kernels, monkeypatch):
     monkeypatch.setattr(module, "require_hopper", lambda **_: None)
   generate = importlib.import_module("fireq_jax.generate")
   recipe = recipes.load("fireq")
-  request = generate._Request(
+  request = Request(
     tokens=jnp.zeros((batch, 64), jnp.int32),
     lengths=jnp.full(batch, 64, jnp.int32),
     keys=jax.random.split(jax.random.key(0), batch),
