@@ -1,0 +1,166 @@
+"""The sums of a tile of `int4_matmul`, of which its epilogue is made."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from fireq_jax.pallas import dequant, exchange
+from fireq_jax.pallas.inline import load
+from fireq_jax.pallas.int4_matmul_plan import FOLDED, Plan
+from fireq_jax.pallas.layouts import BLOCK, ROWS
+
+_WGMMA = plgpu.Layout.WGMMA
+_BY_ROW = plgpu.Layout.WGMMA.reduce(1)
+
+
+class Sums(Plan):
+  """Multiplies codes by x, for a tile that CTAs may share.
+
+  Attributes:
+    smem: shared memory by name.
+    part: of the parts of C that CTAs share, this CTA's.
+    my_steps: steps of its part.
+  """
+
+  smem: dict[str, Any]
+  part: Any
+  my_steps: Any
+
+  def main_loop(self, group, turn, before):
+    """f32 sums [64, width] over the steps of a tile that have this turn."""
+    smem, w, tuning = self.smem, self.w, self.tuning
+    blocks, interleave = tuning.blocks, tuning.interleave
+    acc_types = [plgpu.ACC((ROWS, self.width), jnp.float32)] * self.fold
+    first = lax.rem(turn - lax.rem(before, interleave) + interleave, interleave)
+    steps = pl.cdiv(self.my_steps - first, interleave)
+
+    def slot_of(i):
+      slot = lax.rem(before + first + i * interleave, tuning.stages)
+      plgpu.barrier_wait(smem["full"].at[slot])
+      return slot
+
+    tokens = pl.ds(0, self.width)
+    half = lax.div(group, self.in_half)
+    rows = pl.ds(lax.rem(group, self.in_half) * self.held, ROWS)
+
+    def codes(slot, pair):
+      ref = smem["codes"].at[slot, half, pair, rows]
+      return load(ref, plgpu.Layout.WGMMA_8BIT, optimized=True)
+
+    def scales(slot, pair):
+      if self.fold > 1:
+        groups, rows_of_group = pl.ds(2 * pair, 2), pl.ds(0, FOLDED)
+        ref = smem["scale"].at[slot, half, groups, rows_of_group]
+        return [dequant.flatten_pair(load(ref, dequant.PAIR))]
+      count = self.groups // blocks
+      return [
+        load(smem["scale"].at[slot, half, pair * count + i, rows], _BY_ROW)
+        for i in range(count)
+      ]
+
+    def multiply(accs, weights, slot, pair, start=0):
+      """Of a pair of blocks, each accumulator is right in its block's rows."""
+      for i, acc in enumerate(accs):
+        columns = (self.fold * pair + i) * BLOCK + start
+        columns = pl.ds(columns, weights.shape[1])
+        plgpu.wgmma(acc, weights, smem["x"].at[slot, tokens, columns].T)
+
+    def result(accs):
+      if self.fold == 1:
+        return accs[0][...]
+      shape = ROWS, self.width
+      row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA)
+      return jnp.where(row < FOLDED, accs[0][...], accs[1][...])
+
+    def scaled(*accs):
+      def step(i, _):
+        slot = slot_of(i)
+        for pair in range(blocks // self.fold):
+          weights = dequant.scaled_e4m3(
+            codes(slot, pair), scales(slot, pair), w.encoding
+          )
+          multiply(accs, weights, slot, pair)
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(smem["empty"].at[slot])
+
+      lax.fori_loop(0, steps, step, None)
+      return result(accs)
+
+    def exact(i, total):
+      slot = slot_of(i)
+      for pair in range(blocks // self.fold):
+        if w.activation == "bf16":
+          weights = dequant.exact_bf16(codes(slot, pair))
+        else:
+          weights = dequant.exact_e4m3(codes(slot, pair), w.encoding)
+
+        for start, scale in zip(range(0, BLOCK, w.group), scales(slot, pair)):
+          group = weights
+          if w.group < BLOCK:
+            end = start + w.group
+            group = lax.slice(weights, (0, start), (ROWS, end))
+
+          def product(*accs, group=group, pair=pair, start=start):
+            multiply(accs, group, slot, pair, start)
+            return result(accs)
+
+          part = pl.run_scoped(product, *acc_types)
+          total += part * across_tokens(scale.astype(jnp.float32), part)
+      plgpu.barrier_arrive(smem["empty"].at[slot])
+      return total
+
+    if w.scale.dtype == jnp.float8_e4m3fn:
+      return pl.run_scoped(scaled, *acc_types)
+    zeros = jnp.zeros((ROWS, self.width), jnp.float32)
+    return lax.fori_loop(0, steps, exact, plgpu.layout_cast(zeros, _WGMMA))
+
+  # CTAs that share a tile have its sums over parts of C. Each gets the sums of
+  # its tokens from all consumers of the cluster.
+
+  def expect_shares(self, warpgroup):
+    @pl.when(warpgroup < self.tuning.row_groups)
+    def _():
+      size = self.shares * ROWS * self.my_tokens * 4
+      exchange.expect(self.smem["shares_full"].at[warpgroup], size)
+
+    exchange.arrive()
+
+  def share(self, sums, group, turn):
+    """Sends sums [64, tile_t] to the CTAs that finish them."""
+    split, interleave = self.tuning.split, self.tuning.interleave
+    exchange.join()
+    for part in range(split):
+      place = (self.part - part + split) * interleave + turn
+      place = lax.rem(place, split * interleave)  # 0: these stay
+
+      @pl.when(place > 0)
+      def _(part=part, place=place):
+        exchange.put(
+          self.tokens_of(part, sums),
+          self.smem["shares"].at[group, place - 1],
+          self.smem["shares_full"].at[group],
+          part,
+        )
+
+  def total(self, sums, group):
+    """[64, tile_t / split] of this CTA's tokens, once all have been sent."""
+    total = self.tokens_of(0, sums)
+    for part in range(1, self.tuning.split):
+      mine = jnp.broadcast_to(self.part == part, total.shape)
+      total = jnp.where(mine, self.tokens_of(part, sums), total)
+    exchange.wait(self.smem["shares_full"].at[group])
+    for i in range(self.shares):
+      total += exchange.take(self.smem["shares"].at[group, i], total.shape)
+    return total
+
+  def tokens_of(self, part, sums):
+    start = part * self.my_tokens
+    return lax.slice(sums, (0, start), (ROWS, start + self.my_tokens))
+
+
+def across_tokens(vector, like):
+  """Broadcasts one value a row."""
+  return lax.broadcast_in_dim(vector, like.shape, [0])
