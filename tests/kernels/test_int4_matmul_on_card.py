@@ -139,12 +139,18 @@ def test_not_a_number_stays_in_its_row():
 
 
 def test_parts_of_arrays_and_donated_ones_are_read_right():
+  """A donated operand may give its memory to the result."""
   rng = np.random.default_rng(11)
   (x, w, x_scale), _ = problem(rng, 512, 1024, 40)
-  tuning = tunings.choose(13, w)
-  matmul = functools.partial(int4_matmul, tuning=tuning)
-  wanted = matmul(x[3:16], w, x_scale[3:16])
-  part = lambda x, w, s: matmul(x[3:16], w, s[3:16])
-  for donated in ((), (0,)):
-    y = jax.jit(part, donate_argnums=donated)(jnp.array(x), w, x_scale)
-    np.testing.assert_array_equal(y, wanted)
+  operand = jnp.asarray(rng.standard_normal((16, 512)), jnp.bfloat16)
+  matmul = functools.partial(
+    int4_matmul, epilogue="add", tuning=tunings.choose(16, w)
+  )
+  wanted = matmul(x[3:19], w, x_scale[3:19], operand=operand)
+
+  @functools.partial(jax.jit, donate_argnums=3)
+  def of_parts(x, w, s, operand):
+    return matmul(x[3:19], w, s[3:19], operand=operand)
+
+  y = of_parts(x, w, x_scale, jnp.array(operand))
+  np.testing.assert_array_equal(y, wanted)
