@@ -52,9 +52,11 @@ from fireq_jax.pallas.inline import fence_async_proxy, load, swizzled
 from fireq_jax.pallas.kv_layout import WEIGHT_ROWS
 from fireq_jax.pallas.prefill_tiles import (
   ROWS,
+  launch,
   pass_over,
   size_of_tile,
   tiles_seen,
+  wait_until_empty,
 )
 
 _L = plgpu.Layout
@@ -263,12 +265,7 @@ def _kernel(
       issued, q_tiles = lax.fori_loop(
         0, rounds, item, (jnp.int32(0), jnp.int32(0))
       )
-      for stage in range(stages):
-
-        @pl.when(issued > stage)
-        def _(stage=stage):
-          plgpu.barrier_wait(k_empty.at[stage])
-          plgpu.barrier_wait(v_empty.at[stage])
+      wait_until_empty(issued, stages, k_empty, v_empty)
 
       @pl.when(q_tiles > 0)
       def _():
@@ -437,33 +434,20 @@ def _kernel(
 
       plgpu.wait_smem_to_gmem(0)
 
-  return plgpu.kernel(
+  return launch(
     kernel,
-    out_type=jax.ShapeDtypeStruct((batch, t, n, h), jnp.bfloat16),
-    grid=(ctas,),
-    grid_names=("cta",),
-    num_threads=3,
-    thread_name="wg",
-    scratch_types=dict(
+    out=jax.ShapeDtypeStruct((batch, t, n, h), jnp.bfloat16),
+    grid={"cta": ctas},
+    stages=stages,
+    copies=2,
+    scratch=dict(
       q_smem=swizzled((2, 64, h), _F8),
       k_smem=swizzled((stages, bk, h), _F8),
       v_smem=swizzled((stages, h + WEIGHT_ROWS, bk), _F8),
       scales_smem=plgpu.SMEM((stages, bk // 2, 4), jnp.float32),
       sums_smem=plgpu.SMEM((2, 64, h + WEIGHT_ROWS), jnp.float32),
       o_smem=swizzled((2, 64, h), jnp.bfloat16),
-      q_full=plgpu.Barrier(num_arrivals=2),
       q_empty=plgpu.Barrier(num_arrivals=2),
-      k_full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-      k_empty=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-      v_full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-      v_empty=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-      turn=plgpu.Barrier(num_barriers=2),
     ),
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True,
-      unsafe_no_auto_barriers=True,
-      reduction_scratch_bytes=0,
-      lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-    ),
-    kernel_name="prefill_attention",
+    name="prefill_attention",
   )(q, q_scale, k, v, weights, scales, unit, q_lengths, kv_lengths)

@@ -27,9 +27,11 @@ from fireq_jax.pallas import prefill_fragments as fragments
 from fireq_jax.pallas.inline import fence_async_proxy, swizzled
 from fireq_jax.pallas.prefill_tiles import (
   ROWS,
+  launch,
   pass_over,
   size_of_tile,
   tiles_seen,
+  wait_until_empty,
 )
 
 _L = plgpu.Layout
@@ -135,12 +137,7 @@ def _kernel(q, k, v, q_lengths, kv_lengths):
           )
 
       lax.fori_loop(0, total, step, None)
-      for stage in range(_STAGES):
-
-        @pl.when(total > stage)
-        def _(stage=stage):
-          plgpu.barrier_wait(k_empty.at[stage])
-          plgpu.barrier_wait(v_empty.at[stage])
+      wait_until_empty(total, _STAGES, k_empty, v_empty)
 
     @pl.when(wg < 2)
     def consume():
@@ -249,29 +246,16 @@ def _kernel(q, k, v, q_lengths, kv_lengths):
       plgpu.wait_smem_to_gmem(0)
 
   bf16 = jnp.bfloat16
-  return plgpu.kernel(
+  return launch(
     kernel,
-    out_type=jax.ShapeDtypeStruct((batch, t, n, h), bf16),
-    grid=(n, batch, tiles),
-    grid_names=("head", "b", "tile"),
-    num_threads=3,
-    thread_name="wg",
-    scratch_types=dict(
+    out=jax.ShapeDtypeStruct((batch, t, n, h), bf16),
+    grid={"head": n, "b": batch, "tile": tiles},
+    stages=_STAGES,
+    copies=1,
+    scratch=dict(
       q_smem=swizzled((2, 64, h), bf16),
       k_smem=swizzled((_STAGES, tile, h), bf16),
       v_smem=swizzled((_STAGES, tile, h), bf16),
-      q_full=plgpu.Barrier(num_arrivals=2),
-      k_full=plgpu.Barrier(num_barriers=_STAGES),
-      k_empty=plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
-      v_full=plgpu.Barrier(num_barriers=_STAGES),
-      v_empty=plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
-      turn=plgpu.Barrier(num_barriers=2),
     ),
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True,
-      unsafe_no_auto_barriers=True,
-      reduction_scratch_bytes=0,
-      lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-    ),
-    kernel_name="prefill_bf16",
+    name="prefill_bf16",
   )(q, k, v, q_lengths, kv_lengths)

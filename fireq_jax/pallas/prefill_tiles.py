@@ -1,4 +1,4 @@
-"""What the kernels of prefill attention share: tiles of kv tokens.
+"""What the kernels of prefill attention share: tiles of kv tokens, a launch.
 
 Two consumers with 64 query rows each take the same tiles in turns, as far as
 their last rows see.
@@ -10,9 +10,71 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 128  # query rows of both consumers
+
+
+def launch(
+  kernel: Callable[..., Any],
+  *,
+  out: jax.ShapeDtypeStruct,
+  grid: dict[str, int],
+  stages: int,
+  copies: int,
+  scratch: dict[str, Any],
+  name: str,
+) -> Callable[..., jax.Array]:
+  """`kernel` with two consumers, a producer and the barriers between them.
+
+  Args:
+    kernel: what a warpgroup `wg` does with references to operands, to `out`,
+      to `scratch` and to barriers `q_full`, `k_full`, `k_empty`, `v_full`,
+      `v_empty`, the last four for each stage, and `turn` of each consumer.
+    out: the result.
+    grid: names and sizes of its axes.
+    stages: tiles of k and of v in flight or in use.
+    copies: that fill a stage.
+    scratch: shared memory and more barriers.
+    name: of the kernel.
+  """
+  full = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
+  empty = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
+  return plgpu.kernel(
+    kernel,
+    out_type=out,
+    grid=tuple(grid.values()),
+    grid_names=tuple(grid),
+    num_threads=3,
+    thread_name="wg",
+    scratch_types=dict(
+      **scratch,
+      q_full=plgpu.Barrier(num_arrivals=2),
+      k_full=full,
+      k_empty=empty,
+      v_full=full,
+      v_empty=empty,
+      turn=plgpu.Barrier(num_barriers=2),
+    ),
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True,
+      unsafe_no_auto_barriers=True,
+      reduction_scratch_bytes=0,
+      lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+    ),
+    kernel_name=name,
+  )
+
+
+def wait_until_empty(issued: Any, stages: int, *empty: Any) -> None:
+  """The producer waits for what still holds one of its `issued` tiles."""
+  for stage in range(stages):
+
+    @pl.when(issued > stage)
+    def _(stage=stage):
+      for ring in empty:
+        plgpu.barrier_wait(ring.at[stage])
 
 
 def size_of_tile(tokens: int) -> int:
