@@ -13,7 +13,8 @@ bits as XLA's.
 
 A warp has one task, and there is no shared memory:
 
-  q   a token, `passes` groups of neighbouring query heads
+  q   query heads of a token, `passes` neighbours of each group of lanes, which
+      share sines and, where they have one kv head, the scale of its channels
   k   the same of key heads
   v   8 tokens of a value head, those of one octet of the cache
 
@@ -56,8 +57,8 @@ class Tuning:
   """Free choices of the kernel.
 
   Attributes:
-    passes: groups of heads a warp goes through; None is 1 for few tokens, to
-      be done soon, and 4 for many, to load sines once.
+    passes: neighbouring heads a thread goes through; None is 1 for few
+      tokens, to be done soon, and 4 for many, to load sines once.
   """
 
   passes: int | None = None
@@ -101,9 +102,19 @@ class Sizes:
     """Octets of the cache that the tokens of a sequence may touch."""
     return (self.length + 2 * _OCTET - 2) // _OCTET
 
-  def chunks(self, heads: int) -> int:
+  @property
+  def group(self) -> int:
+    """Query heads of a kv head."""
+    return self.heads // self.kv_heads
+
+  @property
+  def key_passes(self) -> int:
+    """Passes that leave no lane without a key head."""
+    return max(1, min(self.passes, self.kv_heads * self.rope_lanes // WARP))
+
+  def chunks(self, heads: int, passes: int) -> int:
     """Warps for `heads` query or key heads of a token."""
-    return -(-heads // (WARP // self.rope_lanes * self.passes))
+    return -(-heads // (WARP // self.rope_lanes * passes))
 
   @property
   def tasks(self) -> tuple[int, int, int]:
@@ -111,8 +122,8 @@ class Sizes:
     pairs = self.batch * self.octets * self.kv_heads
     return (
       -(-pairs // (WARP // self.value_lanes)),
-      self.tokens * self.chunks(self.kv_heads),
-      self.tokens * self.chunks(self.heads),
+      self.tokens * self.chunks(self.kv_heads, self.key_passes),
+      self.tokens * self.chunks(self.heads, self.passes),
     )
 
   @property
@@ -290,15 +301,15 @@ def program(t: Any, sizes: Sizes, *refs: Any) -> None:
 def _query_task(
   t, task, sizes, *, qkv, cos, sin, key_scale, q, q_scales, **_
 ):  # fmt: skip
-  h, group = sizes.head_dim, sizes.heads // sizes.kv_heads
-  for token, head, channel, live, low, high in _rotated_heads(
-    t, task, sizes, sizes.heads, 0, qkv, cos, sin
-  ):
+  h, group, passes = sizes.head_dim, sizes.group, sizes.passes
+  heads = _rotated_heads(t, task, sizes, sizes.heads, 0, passes, qkv, cos, sin)
+  divisors = scales = None
+  for i, (token, head, channel, live, low, high) in enumerate(heads):
     if key_scale is not None:
-      at = head // group * h + channel
-      low = rows.each(t.divide, low, rows.floats(t, key_scale, at, live))
-      at = at + h // 2
-      high = rows.each(t.divide, high, rows.floats(t, key_scale, at, live))
+      if divisors is None or group % passes:  # else all have one kv head
+        divisors = _factors(t, key_scale, head // group * h + channel, h, live)
+      low = rows.each(t.divide, low, divisors[0])
+      high = rows.each(t.divide, high, divisors[1])
     row = token * sizes.heads + head
     at = row * h + channel
     if q_scales is None:
@@ -314,7 +325,13 @@ def _query_task(
       halves = [t.pack_e4m3(*part[i : i + 2]) for i in range(0, 8, 2)]
       words = [halves[i] | (halves[i + 1] << 16) for i in (0, 2)]
       t.store(q, index, words, live)
-    t.store(q_scales, row, [t.bits(scale)], live & (channel < 8))
+    # Lane i of a head keeps the scale of pass i.
+    bits = t.bits(scale)
+    scales = bits if i == 0 else t.select(channel < 8 * i, scales, bits)
+    if i + 1 == passes:
+      index = row - i + channel // 8
+      live = (channel < 8 * passes) & (index < (token + 1) * sizes.heads)
+      t.store(q_scales, index, [scales], live)
 
 
 def _key_task(
@@ -323,16 +340,16 @@ def _key_task(
 ):  # fmt: skip
   h = sizes.head_dim
   for token, head, channel, live, low, high in _rotated_heads(
-    t, task, sizes, sizes.kv_heads, sizes.heads, qkv, cos, sin
+    t, task, sizes, sizes.kv_heads, sizes.heads, sizes.key_passes, qkv, cos, sin
   ):
-    at = head * h + channel
     for ref, change in (
       (key_scale, lambda x, factor: x * factor),
       (key_shift, lambda x, shift: x - shift),
     ):
       if ref is not None:
-        low = rows.each(change, low, rows.floats(t, ref, at, live))
-        high = rows.each(change, high, rows.floats(t, ref, at + h // 2, live))
+        factors = _factors(t, ref, head * h + channel, h, live)
+        low = rows.each(change, low, factors[0])
+        high = rows.each(change, high, factors[1])
     b, i = token // sizes.length, token % sizes.length
     start, count = _place(t, b, starts, counts, live)
     place = start + i
@@ -343,14 +360,17 @@ def _key_task(
     first = channel < 8
     t.store(k_scales, row, [stored], live & first, rows.SCALE_BITS[sizes.scale])
     for part, index in ((low, channel), (high, channel + h // 2)):
-      codes = [rows.code(t, x, scale) for x in part]
-      word = codes[0]
-      for n, code in enumerate(codes[1:], 1):
-        word = word | (code << (4 * n))
+      word = rows.word(t, [(x, scale) for x in part], sizes.scale)
       t.store(k, row * (h // 8) + index // 8, [word], live)
 
 
-def _rotated_heads(t, task, sizes, heads, first, qkv, cos, sin):
+def _factors(t, ref, at, head_dim, live):
+  """Those of a thread's lower and of its upper channels."""
+  places = at, at + head_dim // 2
+  return [rows.floats(t, ref, place, live) for place in places]
+
+
+def _rotated_heads(t, task, sizes, heads, first, passes, qkv, cos, sin):
   """Rotates the heads of a task.
 
   Args:
@@ -358,6 +378,10 @@ def _rotated_heads(t, task, sizes, heads, first, qkv, cos, sin):
     task: its warp's number among those that share `heads` heads.
     sizes: of the operands.
     heads: how many there are, of which the first is head `first` of a row.
+    passes: neighbouring heads of a thread.
+    qkv: the projection.
+    cos: of the angles.
+    sin: of the angles.
 
   Yields:
     token and head, the first of the thread's 8 lower channels, whether there
@@ -365,23 +389,27 @@ def _rotated_heads(t, task, sizes, heads, first, qkv, cos, sin):
   """
   h, lanes = sizes.head_dim, sizes.rope_lanes
   channel = t.lane % lanes * 8
-  chunks = sizes.chunks(heads)
+  chunks = sizes.chunks(heads, passes)
   token, chunk = task // chunks, task % chunks
   angles = token * (h // 2) + channel
   cosines, sines = (rows.floats(t, ref, angles) for ref in (cos, sin))
-  loaded = []
-  for i in range(sizes.passes):
-    head = (chunk * sizes.passes + i) * (WARP // lanes) + t.lane // lanes
-    live = head < heads
-    at = token * sizes.row + (head + first) * h + channel
-    words = [t.load(qkv, at + half, 4, live) for half in (0, h // 2)]
-    loaded.append((head, live, *words))
-  for head, live, low, high in loaded:
-    low, high = rows.unpack_bf16(t, low), rows.unpack_bf16(t, high)
+  head = (chunk * (WARP // lanes) + t.lane // lanes) * passes
+
+  def load(i):
+    live = head + i < heads
+    at = token * sizes.row + (head + (first + i)) * h + channel
+    return live, *(t.load(qkv, at + half, 4, live) for half in (0, h // 2))
+
+  loaded = load(0)
+  for i in range(passes):
+    live, *halves = loaded
+    low, high = (rows.unpack_bf16(t, half) for half in halves)
+    if i + 1 < passes:  # one ahead: more would cost registers, so warps
+      loaded = load(i + 1)
     angles = zip(low, high, cosines, sines)
     pairs = [(x * c - y * s, y * c + x * s) for x, y, c, s in angles]
-    low, high = ([pair[i] for pair in pairs] for i in range(2))
-    yield token, head, channel, live, low, high
+    low, high = ([pair[n] for pair in pairs] for n in range(2))
+    yield token, head + i, channel, live, low, high
 
 
 def _value_task(
@@ -399,8 +427,9 @@ def _value_task(
   if sizes.length == 1:  # loaded before its place is known
     steps = [(start % _OCTET, 0, exists)]
   else:
+    last = t.select(count < sizes.length, count, sizes.length)
     steps = [
-      (i, token, exists & (token >= 0) & (token < sizes.length))
+      (i, token, exists & (token >= 0) & (token < last))
       for i, token in ((i, place - start + i) for i in range(_OCTET))
     ]
 
@@ -411,13 +440,11 @@ def _value_task(
     words = t.load(qkv, at, 2, live)
     live = live & (count >= token + 1) & (place + i < sizes.capacity)
     loaded.append((i, live, rows.unpack_bf16(t, words)))
-  masks, codes, scales = [], [], []
+  masks, columns, scales = [], [], []
   for i, live, values in loaded:
     scale, stored = rows.scale(t, rows.largest(t, values, lanes), sizes.scale)
     masks.append(t.select(live, 15, 0) << (i * 4))
-    codes.append(
-      [t.select(live, rows.code(t, x, scale), 0) << (i * 4) for x in values]
-    )
+    columns.append([(x, scale) for x in values])
     scales.append((i, live, stored))
 
   head = b * sizes.kv_heads + head
@@ -425,13 +452,17 @@ def _value_task(
   at = ((head * blocks + octet // 4) * (h // 4) + quad) * 16 + octet % 4 * 4
   some = functools.reduce(operator.or_, [live for _, live, _ in scales])
   mask = functools.reduce(operator.or_, masks)
-  new = [functools.reduce(operator.or_, words) for words in zip(*codes)]
+  if sizes.length == 1:
+    codes = [rows.word(t, [x], sizes.scale) for x in columns[0]]
+    new = [(code & 15) << (scales[0][0] * 4) for code in codes]
+  else:
+    new = [rows.word(t, octet, sizes.scale) for octet in zip(*columns)]
   # Of words that are written in part, other nibbles stay as they are.
   part = some
   if sizes.length > 1:
     part = some & ~functools.reduce(operator.and_, [x for _, x, _ in scales])
   old = t.load(v, at, 4, part)
-  t.store(v, at, [(a & ~mask) | b for a, b in zip(old, new)], some)
+  t.store(v, at, [(a & ~mask) | (b & mask) for a, b in zip(old, new)], some)
 
   # Lane i of a head stores the scale of token i, that of one token lane 0.
   i, live, stored = scales[-1]

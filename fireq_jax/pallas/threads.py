@@ -75,6 +75,9 @@ class Register:
   def __or__(self, other):
     return _binary(self, other, arith.ori)
 
+  def __xor__(self, other):
+    return _binary(self, other, arith.xori)
+
   def __invert__(self):
     ones = -1 if self.value.type == i32() else 1
     return Register(arith.xori(self.value, _constant(ones, self.value.type)))
