@@ -4,7 +4,8 @@ A thread of a warpgroup holds, for each of its rows and each 32 codes, one
 32-bit word: the 8 codes of its own fragment of the wgmma A operand, because
 `layouts` stored them in that order. So conversion moves no data between
 threads. A nibble is a position in a table of 8 e4m3 values, and `prmt` looks
-four of them up at once:
+four of them up at once. What is looked up is then `join`ed with signs or high
+bits, into registers that wgmma reads:
 
   sign-magnitude (codes -7..7), 7 instructions for 8 weights
     low 3 bits: |code|, looked up in the table of e4m3(scale * 0..7);
@@ -51,30 +52,39 @@ CODES = {
     (-8, -7, -6, -5, -4, -3, -2, -1),
   ),
 }
-LOOK_UP_PTX = {
+# What a nibble's low 3 bits pick from each table, and its high bit's part.
+PICK_PTX = {
   "sign_magnitude": """{
-    .reg .b32 m, n, t;
+    .reg .b32 m;
     and.b32 m, $2, 0x77777777;
-    prmt.b32 n, $3, $4, m;
-    lop3.b32 $0, n, $2, 0x80808080, 0xf8;
+    prmt.b32 $0, $3, $4, m;
     shr.u32 m, m, 16;
-    prmt.b32 n, $3, $4, m;
-    shl.b32 t, $2, 4;
-    lop3.b32 $1, n, t, 0x80808080, 0xf8;
+    prmt.b32 $1, $3, $4, m;
     }""",
   "twos_complement": """{
-    .reg .b32 m, g, a, b;
-    and.b32 m, $2, 0x77777777;
+    .reg .b32 m;
+    and.b32 m, $4, 0x77777777;
+    prmt.b32 $0, $5, $6, m;
+    prmt.b32 $2, $7, $8, m;
+    shr.u32 m, m, 16;
+    prmt.b32 $1, $5, $6, m;
+    prmt.b32 $3, $7, $8, m;
+    }""",
+}
+JOIN_PTX = {
+  "sign_magnitude": """{
+    .reg .b32 t;
+    lop3.b32 $0, $3, $2, 0x80808080, 0xf8;
+    shl.b32 t, $2, 4;
+    lop3.b32 $1, $4, t, 0x80808080, 0xf8;
+    }""",
+  "twos_complement": """{
+    .reg .b32 g;
     lop3.b32 g, $2, 0x88888888, 0x64206420, 0xea;
     shr.u32 g, g, 1;
-    prmt.b32 a, $3, $4, m;
-    prmt.b32 b, $5, $6, m;
-    prmt.b32 $0, a, b, g;
-    shr.u32 m, m, 16;
+    prmt.b32 $0, $3, $5, g;
     shr.u32 g, g, 16;
-    prmt.b32 a, $3, $4, m;
-    prmt.b32 b, $5, $6, m;
-    prmt.b32 $1, a, b, g;
+    prmt.b32 $1, $4, $6, g;
     }""",
 }
 
@@ -84,44 +94,74 @@ class Inlined:
   """Emits instructions; the rest tells a simulator what they compute."""
 
   emit: Callable[..., Any]
-  kind: Literal["dequantize", "fence"]
+  kind: Literal["pick", "join", "biased", "fence"]
   encoding: Encoding | None = None
 
   def __call__(self, *args):
     return self.emit(*args)
 
 
-def scaled_e4m3(
+def pick(
   codes: jax.Array, scales: list[jax.Array], encoding: Encoding
-) -> jax.Array:
-  """e4m3(scale * code): [R, C] e4m3 of codes [R, C / 2] uint8.
+) -> list[jax.Array]:
+  """The part of a conversion that wgmma need not wait for; see `join`.
 
-  `scales` are [R] e4m3, one for each equal part of C.
+  Args:
+    codes: [R, C / 2] uint8.
+    scales: [R] e4m3, one for each equal part of C, or none for exact codes.
+    encoding: of the codes.
+
+  Returns:
+    What is looked up in each table, [R, C] e4m3.
   """
 
   def emit(_, codes, *scales):
     tables = [_scaled_tables(scale, encoding) for scale in scales]
+    exact = _exact_table(encoding)
+    picked = _fragments(codes, len(CODES[encoding]))
+    for index, word in _words(codes):
+      table = exact
+      if tables:
+        group = index[1] * len(tables) // codes.registers.shape[1]
+        table = tables[group][index[0], index[4]]
+      _put(picked, index, _pick(word, table, encoding))
+    return [_e4m3(registers) for registers in picked]
 
-    def table(index):
-      group = index[1] * len(tables) // codes.registers.shape[1]
-      return tables[group][index[0], index[4]]
+  rows, half = codes.shape
+  struct = plgpu.ShapeDtypeStruct((rows, 2 * half), jnp.float8_e4m3fn, _A8)
+  return plgpu.inline_mgpu(
+    arg_types=(_A8, *(_ROWS for _ in scales)),
+    return_type=[struct] * len(CODES[encoding]),
+  )(Inlined(emit, "pick", encoding))(codes, *scales)
 
-    return _look_up(codes, table, encoding)
 
-  return _inline(emit, codes, *scales, encoding=encoding)
+def join(
+  codes: jax.Array, picked: list[jax.Array], encoding: Encoding
+) -> jax.Array:
+  """e4m3(scale * code), [R, C], of what `pick` made of the same codes."""
+
+  def emit(_, codes, *picked):
+    i32 = ir.IntegerType.get_signless(32)
+    [out] = _fragments(codes, 1)
+    for index, word in _words(codes):
+      parts = []
+      for x in picked:
+        for at in _two(index):
+          quad = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
+          bits = mgpu.utils.bitcast(x.registers[at], quad)
+          parts.append(mgpu.utils.bitcast(bits, i32))
+      _put([out], index, _join(word, parts, encoding))
+    return _e4m3(out)
+
+  return plgpu.inline_mgpu(
+    arg_types=(_A8,) * (1 + len(picked)),
+    return_type=plgpu.ShapeDtypeStruct(picked[0].shape, jnp.float8_e4m3fn, _A8),
+  )(Inlined(emit, "join", encoding))(codes, *picked)
 
 
 def exact_e4m3(codes: jax.Array, encoding: Encoding) -> jax.Array:
   """The codes themselves as e4m3: [R, C] of [R, C / 2] uint8."""
-
-  def emit(_, codes):
-    words = []
-    for values in CODES[encoding]:
-      table = np.asarray(values, jnp.float8_e4m3fn).view(np.uint32)
-      words += [_i32(int(word)) for word in table]
-    return _look_up(codes, lambda _: words, encoding)
-
-  return _inline(emit, codes, encoding=encoding)
+  return join(codes, pick(codes, [], encoding), encoding)
 
 
 def exact_bf16(codes: jax.Array) -> jax.Array:
@@ -141,7 +181,11 @@ def exact_bf16(codes: jax.Array) -> jax.Array:
         out[at] = mgpu.utils.bitcast(value, pair)
     return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
 
-  return _inline(emit, codes, encoding="biased")
+  rows, half = codes.shape
+  return plgpu.inline_mgpu(
+    arg_types=(_A8,),
+    return_type=plgpu.ShapeDtypeStruct((rows, 2 * half), jnp.bfloat16, _A16),
+  )(Inlined(emit, "biased", "biased"))(codes)
 
 
 def flatten_pair(x: jax.Array) -> jax.Array:
@@ -182,18 +226,6 @@ def fence_proxy_async() -> None:
   plgpu.inline_mgpu()(Inlined(emit, "fence"))()
 
 
-def _inline(emit, codes, *scales, encoding):
-  """Calls `emit` on fragments."""
-  rows, half = codes.shape
-  dtype, layout = jnp.float8_e4m3fn, _A8
-  if encoding == "biased":
-    dtype, layout = jnp.bfloat16, _A16
-  return plgpu.inline_mgpu(
-    arg_types=(_A8, *(_ROWS for _ in scales)),
-    return_type=plgpu.ShapeDtypeStruct((rows, 2 * half), dtype, layout),
-  )(Inlined(emit, "dequantize", encoding))(codes, *scales)
-
-
 def _scaled_tables(scale, encoding):
   """{(64-row tile, row half): table words} of a thread's e4m3 scales."""
   tables = {}
@@ -204,12 +236,20 @@ def _scaled_tables(scale, encoding):
   return tables
 
 
+def _exact_table(encoding):
+  words = []
+  for values in CODES[encoding]:
+    table = np.asarray(values, jnp.float8_e4m3fn).view(np.uint32)
+    words += [_i32(int(word)) for word in table]
+  return words
+
+
 def scaled_table(scale: Any, encoding: Encoding) -> list:
   """Words of the table of a scale, the bits of an f16."""
   return [
     word
     for values in CODES[encoding]
-    for word in _asm2([scale], table_ptx(values), "h")
+    for word in _asm(2, [scale], table_ptx(values), "h")
   ]
 
 
@@ -240,37 +280,65 @@ def table_ptx(values: tuple[int, ...]) -> str:
     }}"""
 
 
-def _look_up(codes, table, encoding):
-  """Replaces each word of 8 codes by two words of 4 e4m3 values."""
-  i32 = ir.IntegerType.get_signless(32)
-  rows, half = codes.shape
-  layout = mgpu.WGMMA_LAYOUT_8BIT
-  out = np.empty(layout.registers_shape((rows, 2 * half)), dtype=object)
-  for index, register in np.ndenumerate(codes.registers):
-    word = mgpu.utils.bitcast(register, i32)
-    for i, value in enumerate(look_up(word, table(index), encoding)):
-      out[(index[0], 2 * index[1] + i, *index[2:])] = value
-  return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
-
-
 def look_up(word: Any, table: list, encoding: Encoding) -> list:
   """The 8 codes of a word as two vectors of 4 e4m3 values."""
+  words = _join(word, _pick(word, table, encoding), encoding)
+  return [_e4m3_vector(word) for word in words]
+
+
+def _pick(word, table, encoding):
+  return _asm(len(table), [word, *table], PICK_PTX[encoding])
+
+
+def _join(word, picked, encoding):
+  return _asm(2, [word, *picked], JOIN_PTX[encoding])
+
+
+def _words(codes):
+  """(index, word of 8 codes) of each register."""
+  i32 = ir.IntegerType.get_signless(32)
+  for index, register in np.ndenumerate(codes.registers):
+    yield index, mgpu.utils.bitcast(register, i32)
+
+
+def _two(index):
+  """Where the 8 values of the codes at `index` are."""
+  return [(index[0], 2 * index[1] + i, *index[2:]) for i in range(2)]
+
+
+def _fragments(codes, count):
+  """Registers for `count` e4m3 arrays, one value a code."""
+  rows, half = codes.shape
+  shape = mgpu.WGMMA_LAYOUT_8BIT.registers_shape((rows, 2 * half))
+  return [np.empty(shape, dtype=object) for _ in range(count)]
+
+
+def _put(arrays, index, words):
+  """Words, two for each array, to where the codes at `index` are."""
+  for i, word in enumerate(words):
+    arrays[i // 2][_two(index)[i % 2]] = _e4m3_vector(word)
+
+
+def _e4m3_vector(word):
   quad = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
   e4m3 = ir.VectorType.get((4,), ir.Float8E4M3FNType.get())
-  args = [word, *table]
-  values = _asm2(args, LOOK_UP_PTX[encoding], ",".join("r" * len(args)))
-  return [
-    mgpu.utils.bitcast(mgpu.utils.bitcast(value, quad), e4m3)
-    for value in values
-  ]
+  return mgpu.utils.bitcast(mgpu.utils.bitcast(word, quad), e4m3)
 
 
-def _asm2(args, text, inputs):
-  """PTX with outputs $0 and $1, which share no register with an input."""
+def _e4m3(registers):
+  return mgpu.FragmentedArray(
+    _registers=registers, _layout=mgpu.WGMMA_LAYOUT_8BIT, _is_signed=None
+  )
+
+
+def _asm(count, args, text, inputs=None):
+  """PTX with outputs $0 and so on, which share no register with an input."""
   i32 = ir.IntegerType.get_signless(32)
-  pair = ir.Type.parse("!llvm.struct<(i32, i32)>")
-  result: Any = llvm.inline_asm(pair, args, text, f"=&r,=&r,{inputs}")
-  return [llvm.extractvalue(i32, result, (i,)) for i in range(2)]
+  kinds = ", ".join(["i32"] * count)
+  results = ir.Type.parse(f"!llvm.struct<({kinds})>")
+  inputs = inputs or ",".join("r" * len(args))
+  result: Any = llvm.inline_asm(results, args, text, "=&r," * count + inputs)
+  return [llvm.extractvalue(i32, result, (i,)) for i in range(count)]
 
 
 def _i32(value):

@@ -68,8 +68,8 @@ def join() -> None:
   plgpu.inline_mgpu()(emit)()
 
 
-def put(values: jax.Array, target: Any, barrier: Any, cta: int) -> None:
-  """Stores values in the memory of a CTA of the cluster.
+def put(values: jax.Array, target: Any, barrier: Any, cta: jax.Array) -> None:
+  """Stores values in the memory of another CTA of the cluster.
 
   Args:
     values: f32 [64, N], in one warpgroup.
@@ -78,10 +78,11 @@ def put(values: jax.Array, target: Any, barrier: Any, cta: int) -> None:
     cta: index of the other CTA in the cluster.
   """
 
-  def emit(_, values, target, barrier):
-    text = f"mapa.shared::cluster.u32 $0, $1, {cta};"
+  def emit(_, values, target, barrier, cta):
+    [cta] = cta.registers.flat
+    text = "mapa.shared::cluster.u32 $0, $1, $2;"
     start, signal = (
-      fixed_assembly(text, [address], "=r,r", i32())
+      fixed_assembly(text, [address, cta], "=r,r,r", i32())
       for address in (_of_thread(target), shared_address(barrier))
     )
     pairs = values.registers.flat
@@ -93,8 +94,26 @@ def put(values: jax.Array, target: Any, barrier: Any, cta: int) -> None:
         "r,r,f,f,f,f",
       )
 
-  plgpu.inline_mgpu(arg_types=(_WGMMA, _REF, _REF))(emit)(
-    plgpu.layout_cast(values, _WGMMA), target, barrier
+  plgpu.inline_mgpu(arg_types=(_WGMMA, _REF, _REF, _SCALAR))(emit)(
+    plgpu.layout_cast(values, _WGMMA), target, barrier, cta
+  )
+
+
+def keep(values: jax.Array, target: Any) -> None:
+  """Stores values in this CTA's memory, as `put` does in another's."""
+
+  def emit(_, values, target):
+    start = _of_thread(target)
+    pairs = values.registers.flat
+    for i, (a, b) in enumerate(zip(pairs[0::2], pairs[1::2], strict=True)):
+      fixed_assembly(
+        f"st.shared.v4.f32 [$0 + {i * _ROW}], {{$1, $2, $3, $4}};",
+        [start, *elements(a), *elements(b)],
+        "r,f,f,f,f",
+      )
+
+  plgpu.inline_mgpu(arg_types=(_WGMMA, _REF))(emit)(
+    plgpu.layout_cast(values, _WGMMA), target
   )
 
 
@@ -114,7 +133,7 @@ def wait(barrier: Any) -> None:
 
 
 def take(source: Any, shape: tuple[int, ...]) -> jax.Array:
-  """What `put` stored: f32 of this shape, [64, N]."""
+  """What `put` or `keep` stored: f32 of this shape, [64, N]."""
 
   def emit(_, source):
     start = _of_thread(source)
@@ -141,6 +160,7 @@ def take(source: Any, shape: tuple[int, ...]) -> jax.Array:
 
 
 _REF = plgpu.RefType()
+_SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
 def _of_thread(ref):

@@ -13,7 +13,8 @@ tokens in steps of `blocks` blocks of 128 along C:
   consumer 1   |   wait | codes -> e4m3 | wgmma | wait | ...  | epilogue |
 
 A consumer is a warpgroup; it holds up to 64 rows. While one converts, another
-keeps the tensor core busy. Up to four consumers share the rows of a tile, or
+keeps the tensor core busy; it may also convert `ahead`, while its own last
+multiplication runs. Up to four consumers share the rows of a tile, or
 `interleave` sets of them take turns at the steps and add up their sums at the
 end of a tile. This hides the latency of the conversion where tiles have few
 rows and memory sets the pace.
@@ -68,12 +69,15 @@ class Tuning:
     blocks: blocks of 128 along C in a step.
     interleave: sets of consumers that take turns at the steps; at most four
       consumers in all.
-    split: CTAs that share a tile, as a cluster. Not for gated weights, nor
-      for tiles of less than 64 rows. `ctas` is then without effect.
+    split: 2 if two CTAs share a tile, as a cluster: not of gated weights, of
+      64 rows or more, interleaved twice at most. `ctas` is without effect.
     cut: parts of a tile, along the tokens, of the last wave, if there are
       enough CTAs for them.
     ctas: CTAs that run; CTA i takes every `ctas`-th tile.
     raster: token tiles that are swept together, for reuse in the L2 cache.
+    ahead: whether a consumer converts a step's first codes while the step
+      before multiplies. Only with e4m3 group scales, and if the ring holds two
+      steps for each set of consumers.
   """
 
   tile_t: int
@@ -85,10 +89,11 @@ class Tuning:
   cut: int = 1
   ctas: int = 132
   raster: int = 16
+  ahead: bool = False
 
   def __post_init__(self):
     for name, low, high, multiple in (
-      ("split", 1, 8, 1),
+      ("split", 1, 2, 1),
       ("cut", 1, 8 if self.split == 1 else 1, 1),
       ("tile_t", 8, 256, 8 * self.split * self.cut),
       ("rows", 16, 4 * ROWS, 16 if self.rows <= ROWS else ROWS),
@@ -102,9 +107,9 @@ class Tuning:
         got=value,
       )
     check(
-      self.split == 1 or self.rows >= ROWS,
-      "CTAs share tiles of 64 rows or more",
-      got=self.rows,
+      self.split == 1 or (self.rows >= ROWS and self.interleave <= 2),
+      "CTAs share tiles of 64 rows or more, interleaved twice at most",
+      got=(self.rows, self.interleave),
     )
     check(
       self.row_groups * self.interleave in REGISTERS,

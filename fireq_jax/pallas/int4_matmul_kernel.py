@@ -50,13 +50,13 @@ class Kernel(Sums):
       self.my_tiles = self.tiles // self.ctas
       self.my_tiles += (self.cta < self.last * self.cut).astype(jnp.int32)
     self.part, self.first_step, self.my_steps = 0, 0, self.steps
-    if self.shares:
+    if self.tuning.split > 1:
       self.part = lax.axis_index("part")
       begin = lambda part: lax.div(part * self.steps, self.tuning.split)
       self.first_step = begin(self.part)
       self.my_steps = begin(self.part + 1) - self.first_step
     warpgroup = lax.axis_index("warpgroup")
-    if self.shares:
+    if self.tuning.split > 1:
       self.expect_shares(warpgroup)
     for_consumer, for_producer = REGISTERS[self.consumers]
 
@@ -89,6 +89,9 @@ class Kernel(Sums):
       tile(self.cta + i * self.ctas, i, 0)
 
     self.width = tile_t
+    if self.tiles == self.ctas:
+      whole(0, None)
+      return
     if cut == 1:
       lax.fori_loop(0, self.my_tiles, whole, None)
       return
@@ -163,7 +166,8 @@ class Kernel(Sums):
 
   def consume(self, group, turn):
     """Consumer of row group `group`, in the set that has turn `turn`."""
-    smem, interleave = self.smem, self.tuning.interleave
+    smem, tuning = self.smem, self.tuning
+    interleave = tuning.interleave
 
     def tile(row_tile, token, before):
       out_row = (
@@ -178,12 +182,12 @@ class Kernel(Sums):
 
       sums = self.main_loop(group, turn, before)
 
-      if self.shares:
-        self.share(sums, group, turn)
+      if tuning.split > 1:
+        mine = self.share(sums, group, turn)
 
         @pl.when(turn == 0)
         def _():
-          total = self.total(sums, group)
+          total = self.total(mine, group)
           self.finish(total, group, out_row, out_token, before)
 
         return

@@ -56,10 +56,12 @@ class Plan:
     # Sums that reach the epilogue through shared memory: those of others, or
     # all, because folded ones lie in rows of other threads.
     self.parts = tuning.interleave - (0 if self.fold > 1 else 1)
-    self.shares = 0  # the same of a CTA that shares its tile
     if tuning.split > 1:
-      self.ctas = self.tiles
-      self.parts, self.shares = 0, tuning.split * tuning.interleave - 1
+      self.ctas, self.parts = self.tiles, 0
+    # A consumer then holds two slots.
+    scaled = w.scale.dtype == jnp.float8_e4m3fn
+    enough = tuning.stages >= 2 * tuning.interleave
+    self.ahead = tuning.ahead and scaled and enough
     self.last = self.tiles % self.ctas
     self.cut = tuning.cut if 0 < self.last * tuning.cut <= self.ctas else 1
     self.width = tuning.tile_t  # of the tiles that are being emitted
@@ -131,12 +133,13 @@ class Plan:
         num_arrivals=self.parts, num_barriers=row_groups
       )
       scratch["sums_free"] = plgpu.Barrier(num_barriers=row_groups)
-    if self.shares:
-      scratch["shares_full"] = plgpu.SMEM((row_groups, 2), jnp.int32)
+    if tuning.split > 1:
       sums = ROWS * self.my_tokens
-      scratch["shares"] = plgpu.SMEM(
-        (row_groups, self.shares, sums), jnp.float32
-      )
+      scratch["shares"] = plgpu.SMEM((row_groups, sums), jnp.float32)
+      scratch["shares_full"] = plgpu.SMEM((row_groups, 2), jnp.int32)
+      if tuning.interleave > 1:
+        scratch["halves"] = plgpu.SMEM((row_groups, 2, sums), jnp.float32)
+        scratch["halves_full"] = plgpu.Barrier(num_barriers=2 * row_groups)
     if self.w.gated:
       scratch["swap"] = swizzled((row_groups, ROWS, self.piece), jnp.float32)
       scratch["swap_full"] = plgpu.Barrier(num_barriers=row_groups)

@@ -75,18 +75,31 @@ class Sums(Plan):
       row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA)
       return jnp.where(row < FOLDED, accs[0][...], accs[1][...])
 
+    def release(i):
+      slot = lax.rem(before + first + i * interleave, tuning.stages)
+      plgpu.barrier_arrive(smem["empty"].at[slot])
+
     def scaled(*accs):
+      def finish(i):
+        plgpu.wgmma_wait(0)
+        release(i)
+
       def step(i, _):
         slot = slot_of(i)
         for pair in range(blocks // self.fold):
-          weights = dequant.scaled_e4m3(
-            codes(slot, pair), scales(slot, pair), w.encoding
-          )
+          words = codes(slot, pair)
+          picked = dequant.pick(words, scales(slot, pair), w.encoding)
+          if self.ahead and pair == 0:
+            # In a branch, lest the compiler move the conversion behind it.
+            pl.when(i > 0)(lambda: finish(i - 1))
+          weights = dequant.join(words, picked, w.encoding)
           multiply(accs, weights, slot, pair)
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(smem["empty"].at[slot])
+        if not self.ahead:
+          finish(i)
 
       lax.fori_loop(0, steps, step, None)
+      if self.ahead:
+        pl.when(steps > 0)(lambda: finish(steps - 1))
       return result(accs)
 
     def exact(i, total):
@@ -109,7 +122,7 @@ class Sums(Plan):
 
           part = pl.run_scoped(product, *acc_types)
           total += part * across_tokens(scale.astype(jnp.float32), part)
-      plgpu.barrier_arrive(smem["empty"].at[slot])
+      release(i)
       return total
 
     if w.scale.dtype == jnp.float8_e4m3fn:
@@ -117,48 +130,59 @@ class Sums(Plan):
     zeros = jnp.zeros((ROWS, self.width), jnp.float32)
     return lax.fori_loop(0, steps, exact, plgpu.layout_cast(zeros, _WGMMA))
 
-  # CTAs that share a tile have its sums over parts of C. Each gets the sums of
-  # its tokens from all consumers of the cluster.
+  # Two CTAs that share a tile have its sums over halves of C. Each finishes half
+  # of the tokens, of which it gets the other's sums.
 
   def expect_shares(self, warpgroup):
     @pl.when(warpgroup < self.tuning.row_groups)
     def _():
-      size = self.shares * ROWS * self.my_tokens * 4
+      size = ROWS * self.my_tokens * 4
       exchange.expect(self.smem["shares_full"].at[warpgroup], size)
 
     exchange.arrive()
 
   def share(self, sums, group, turn):
-    """Sends sums [64, tile_t] to the CTAs that finish them."""
-    split, interleave = self.tuning.split, self.tuning.interleave
+    """Sends what the other CTA finishes; returns [64, tile_t / 2] that stay.
+
+    Where two consumers have sums of the same rows, the first adds those that
+    stay and the second those that go.
+    """
+    smem, two = self.smem, self.tuning.interleave == 2
     exchange.join()
-    for part in range(split):
-      place = (self.part - part + split) * interleave + turn
-      place = lax.rem(place, split * interleave)  # 0: these stay
+    mine, others = self.tokens_of(self.part, sums)
+    if two:
+      second = jnp.broadcast_to(turn == 1, mine.shape)
+      added = jnp.where(second, others, mine)
+      exchange.keep(
+        jnp.where(second, mine, others), smem["halves"].at[group, 1 - turn]
+      )
+      plgpu.barrier_arrive(smem["halves_full"].at[2 * group + 1 - turn])
+      plgpu.barrier_wait(smem["halves_full"].at[2 * group + turn])
+      added += exchange.take(smem["halves"].at[group, turn], added.shape)
+      mine = others = added
 
-      @pl.when(place > 0)
-      def _(part=part, place=place):
-        exchange.put(
-          self.tokens_of(part, sums),
-          self.smem["shares"].at[group, place - 1],
-          self.smem["shares_full"].at[group],
-          part,
-        )
+    @pl.when(turn == (1 if two else 0))
+    def _():
+      place = smem["shares"].at[group], smem["shares_full"].at[group]
+      exchange.put(others, *place, 1 - self.part)
 
-  def total(self, sums, group):
-    """[64, tile_t / split] of this CTA's tokens, once all have been sent."""
-    total = self.tokens_of(0, sums)
-    for part in range(1, self.tuning.split):
-      mine = jnp.broadcast_to(self.part == part, total.shape)
-      total = jnp.where(mine, self.tokens_of(part, sums), total)
+    return mine
+
+  def total(self, mine, group):
+    """With what the other CTA sends."""
     exchange.wait(self.smem["shares_full"].at[group])
-    for i in range(self.shares):
-      total += exchange.take(self.smem["shares"].at[group, i], total.shape)
-    return total
+    return mine + exchange.take(self.smem["shares"].at[group], mine.shape)
 
   def tokens_of(self, part, sums):
-    start = part * self.my_tokens
-    return lax.slice(sums, (0, start), (ROWS, start + self.my_tokens))
+    """Of the two halves of the tokens, that of this part and the other."""
+    first, second = (
+      lax.slice(sums, (0, start), (ROWS, start + self.my_tokens))
+      for start in (0, self.my_tokens)
+    )
+    is_first = jnp.broadcast_to(part == 0, first.shape)
+    return jnp.where(is_first, first, second), jnp.where(
+      is_first, second, first
+    )
 
 
 def across_tokens(vector, like):

@@ -15,7 +15,11 @@ from fireq_jax.pallas.layouts import BLOCK, ROWS, PackedInt4
 Mode = Literal["e4m3", "exact", "bf16"]
 _CUT_FROM = 256  # tokens of a tile: others gain nothing by being cut
 _CUT_NS = 1500  # that the code for the parts takes longer
-EXCHANGE_NS = 2000  # that a shared tile takes longer
+
+
+def exchange_ns(tuning: Tuning) -> float:
+  """That a tile takes longer if it is shared."""
+  return 750 + 0.06 * tuning.rows * tuning.tile_t
 
 
 @functools.cache
@@ -62,7 +66,7 @@ def choose(t: int, w: PackedInt4) -> Tuning:
     ):
       return math.inf, tile_t
     if split > 1:
-      return math.ceil(blocks / split) * ns + EXCHANGE_NS, tile_t
+      return math.ceil(blocks / split) * ns + exchange_ns(tuning), tile_t
     if cut > 1:
       ns_last = ns_of.get((rows, tile_t // cut), math.inf) + _CUT_NS / blocks
     else:

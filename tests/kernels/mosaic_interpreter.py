@@ -189,8 +189,13 @@ def _inline(interpreter, eqn, token, values):
       source_info=eqn.source_info,
     )
     return token, []
-  assert emit.kind == "dequantize"
-  return token, [dequantize(values[0], values[1:], emit.encoding)]
+  if emit.kind == "join":  # of what has been joined already
+    return token, [values[1]]
+  if emit.kind == "pick":
+    whole = dequantize(values[0], values[1:], emit.encoding)
+    return token, [whole] * len(eqn.outvars)
+  assert emit.kind == "biased"
+  return token, [dequantize(values[0], [], emit.encoding)]
 
 
 def _accumulator_store(interpreter, eqn, token, values):

@@ -140,6 +140,8 @@ def test_unsupported_inputs_give_a_reason(n, c, x_dtype, reason):
     {"stages": 3, "interleave": 2},
     {"rows": 320},
     {"tile_t": 24, "split": 2},
+    {"tile_t": 32, "split": 4},
+    {"tile_t": 16, "rows": 64, "interleave": 4, "split": 2},
     {"tile_t": 16, "rows": 32, "split": 2},
     {"tile_t": 64, "cut": 2, "split": 2},
     {"tile_t": 16, "cut": 4},
@@ -170,7 +172,7 @@ def test_few_tokens_fit_a_tuning_of_cut_tiles():
 INTERPRETED = [
   (dict(n=192, c=384, t=16), dict(tile_t=16, stages=2, blocks=2)),
   (dict(n=128, c=512, t=13, lowest=-8),
-   dict(tile_t=8, stages=2, rows=64, interleave=2, ctas=2)),
+   dict(tile_t=8, stages=4, rows=64, interleave=2, ctas=2, ahead=True)),
   (dict(n=192, c=512, t=7), dict(tile_t=8, stages=4, rows=48, interleave=4)),
   (dict(n=128, c=256, t=1, epilogue="add"), dict(tile_t=8, stages=2, rows=64)),
   (dict(n=256, c=256, t=3, gated=True, bias=True),
@@ -180,14 +182,14 @@ INTERPRETED = [
   (dict(n=320, c=512, t=32),
    dict(tile_t=32, stages=2, rows=64, interleave=2, cut=4, ctas=4)),
   (dict(n=384, c=256, t=61, gated=True, bias=True),
-   dict(tile_t=64, stages=2, cut=2, ctas=2)),
+   dict(tile_t=64, stages=2, cut=2, ctas=2, ahead=True)),
   (dict(n=192, c=256, t=30, kind="exact"),
    dict(tile_t=32, stages=3, rows=64, cut=2, ctas=2)),
   (dict(n=64, c=192, t=9, group=64, lowest=-8),
    dict(tile_t=16, stages=2, rows=64, blocks=2)),
   (dict(n=64, c=64, t=8, group=64), dict(tile_t=8, stages=1, rows=64)),
   (dict(n=128, c=1024, t=16, epilogue="add"),
-   dict(tile_t=16, stages=4, rows=32, blocks=2, interleave=2)),
+   dict(tile_t=16, stages=4, rows=32, blocks=2, interleave=2, ahead=True)),
   (dict(n=64, c=640, t=16, lowest=-8),
    dict(tile_t=16, stages=2, rows=32, blocks=4)),
   (dict(n=64, c=320, t=8, kind="exact", group=64),
@@ -214,7 +216,7 @@ INTERPRETED = [
   (dict(n=512, c=256, t=16, gated=True, bias=True),
    dict(tile_t=16, stages=4, rows=256)),
   (dict(n=320, c=256, t=13, epilogue="add", lowest=-8),
-   dict(tile_t=16, stages=2, rows=192)),
+   dict(tile_t=16, stages=2, rows=192, ahead=True)),
 ]  # fmt: skip
 
 

@@ -95,7 +95,7 @@ EPILOGUES = {
 
 SHARED = [  # tunings of tiles that CTAs share
   Tuning(tile_t=64, rows=64, stages=6, blocks=2, interleave=2, split=2),
-  Tuning(tile_t=128, rows=192, stages=4, blocks=2, split=2),
+  Tuning(tile_t=128, rows=192, stages=4, blocks=2, split=2, ahead=True),
 ]
 
 
