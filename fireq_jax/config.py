@@ -308,18 +308,22 @@ class KVFormat:
 
   `int4` and `e4m3` hold one scale per token and kv head, of dtype `scale`;
   `bf16` holds none. `query` is the dtype queries are rounded to, per token
-  and head, before they meet the keys.
+  and head, before they meet the keys. INT4 `codes` are `symmetric`, [-7, 7]
+  with the largest magnitude at 7 (published), or `full`, [-8, 7] with the
+  least scale at which nothing lies half a step beyond.
   """
 
   cache: Literal["int4", "e4m3", "bf16"] = "bf16"
   scale: Literal["bf16", "e4m3", "f32"] = "bf16"
   query: Literal["bf16", "e4m3"] = "bf16"
+  codes: Literal["symmetric", "full"] = "symmetric"
 
   def __post_init__(self):
     for name, allowed in (
       ("cache", ("int4", "e4m3", "bf16")),
       ("scale", ("bf16", "e4m3", "f32")),
       ("query", ("bf16", "e4m3")),
+      ("codes", ("symmetric", "full")),
     ):
       value = getattr(self, name)
       check(

@@ -22,6 +22,10 @@ _SCALE_DTYPES = {
   "f32": jnp.float32,
 }
 _CODE_DTYPES = {"e4m3": jnp.float8_e4m3fn, "bf16": jnp.bfloat16}
+# The lowest INT4 code, and how far below and above 0 numbers may reach, in
+# steps: to the code itself, or as far beyond as still rounds to it, whichever
+# way a bf16 scale was rounded.
+INT4 = {"symmetric": (-7, 7.0, 7.0), "full": (-8, 8.46, 7.47)}
 
 
 @flax.struct.dataclass
@@ -31,7 +35,7 @@ class KeyValues:
   Law: key = k * k_scale and value = v * v_scale, per token and kv head.
 
   Attributes:
-    k: [B, S, K, H] int8 codes in [-7, 7], e4m3 codes, or bf16 or f32 keys.
+    k: [B, S, K, H] int8 codes in [-8, 7], e4m3 codes, or bf16 or f32 keys.
     v: the same for values.
     k_scale: f32 [B, S, K], or None where k holds the keys themselves.
     v_scale: the same for values.
@@ -133,9 +137,10 @@ def bytes_per_token(config: LlamaConfig, kv: KVFormat) -> int:
 def encode(k: jax.Array, v: jax.Array, kv: KVFormat) -> KeyValues:
   """Rounds keys and values to a format, per token and kv head.
 
-  INT4: scale = amax * f32(1 / 7) rounded to its dtype, codes = round(x /
-  scale) in [-7, 7]; e4m3 the same with 448. Codes are computed against the
-  rounded scale; a scale that would round to zero is 1 with codes 0 (FireQ 3.3).
+  A scale is the largest of `wanted_scales`, rounded to its dtype; INT4 codes
+  are round(x / scale), clipped, e4m3 ones x / scale. Codes are computed against
+  the rounded scale; a scale that would round to zero is 1 with codes 0 (FireQ
+  3.3).
 
   Args:
     k: [B, S, K, H] of any float dtype, after RoPE.
@@ -149,10 +154,18 @@ def encode(k: jax.Array, v: jax.Array, kv: KVFormat) -> KeyValues:
   return KeyValues(k=k, v=v, k_scale=k_scale, v_scale=v_scale)
 
 
+def wanted_scales(x: jax.Array, kv: KVFormat) -> jax.Array:
+  """The least scale at which codes reach each of x, any float dtype, in f32."""
+  x = x.astype(jnp.float32)
+  down = up = 448.0
+  if kv.cache == "int4":
+    _, down, up = INT4[kv.codes]
+  return jnp.maximum(x * (1 / up), x * (-1 / down))
+
+
 def _quantize(x: jax.Array, kv: KVFormat) -> tuple[jax.Array, jax.Array]:
   x = x.astype(jnp.float32)
-  largest = 7.0 if kv.cache == "int4" else 448.0
-  scale = jnp.max(jnp.abs(x), axis=-1) * (1 / largest)
+  scale = jnp.max(wanted_scales(x, kv), axis=-1)
   match kv.scale:
     case "e4m3":
       scale = round_e4m3(scale)
@@ -162,7 +175,8 @@ def _quantize(x: jax.Array, kv: KVFormat) -> tuple[jax.Array, jax.Array]:
   scale = jnp.where(zero, 1.0, scale)
   codes = jnp.where(zero[..., None], 0.0, x / scale[..., None])
   if kv.cache == "int4":
-    return jnp.clip(jnp.round(codes), -7, 7).astype(jnp.int8), scale
+    lowest = INT4[kv.codes][0]
+    return jnp.clip(jnp.round(codes), lowest, 7).astype(jnp.int8), scale
   return to_e4m3(codes), scale
 
 

@@ -128,18 +128,22 @@ class Tuning:
     batch: calibration windows of a step.
     weight_rate: first step of weights, in units of their scales.
     factor_rate: of norms' gains and of the factors of keys, relative.
+    settling: share of the way to its code's value that a weight goes in the
+      last step, besides; less in those before, none in the first.
   """
 
   steps: int = 0
   batch: int = 8
   weight_rate: float = 0.01
   factor_rate: float = 0.001
+  settling: float = 0.0
 
   def __post_init__(self):
     check(self.steps >= 0, "steps must not be negative", got=self.steps)
     check(self.batch > 0, "batch must be positive", got=self.batch)
-    for name in ("weight_rate", "factor_rate"):
+    for name in ("weight_rate", "factor_rate", "settling"):
       _check_number(name, getattr(self, name), least=0.0)
+    check(self.settling < 1, "settling must be below 1", got=self.settling)
 
 
 @_frozen

@@ -114,7 +114,10 @@ def tune_layer(
     moved, moments = _adam(moved, slope, moments, i, rates, fade)
     moved["weights"] = _within(moved["weights"])
     # Rounded here, in the same pass over the weights.
-    return moved, rounded(moved), moments, errors.at[i].set(value)
+    at = rounded(moved)
+    share = tuning.settling * i / tuning.steps
+    moved["weights"] = _settled(quantized, moved, at, share)
+    return moved, at, moments, errors.at[i].set(value)
 
   zeros = (jax.tree.map(jnp.zeros_like, moved),) * 2
   state = moved, rounded(moved), zeros, jnp.zeros(tuning.steps)
@@ -215,6 +218,24 @@ def _rounded(
   return moved | {"weights": weights}
 
 
+def _settled(
+  quantized: Params, moved: Params, at: Params, share: jax.Array
+) -> dict[str, jax.Array]:
+  """The weights of `moved`, a share of the way to what they round to.
+
+  A weight whose error is least between two codes is drawn to the border, where
+  the codes take turns until the end. Settled, it keeps one of them, and others
+  move to make up for it (Nagel et al. 2022, arXiv 2203.11086).
+  """
+
+  def settle(name, x):
+    weight = quantized[PROJECTIONS[name]][name]["kernel"]
+    value = at["weights"][name].astype(jnp.float32)
+    return x + share * (value / _scales(weight).astype(jnp.float32) - x)
+
+  return {name: settle(name, x) for name, x in moved["weights"].items()}
+
+
 def _layer(quantized: Params, at: Params) -> Params:
   """The layer at `at`, which is `_rounded`: differentiable."""
   attn = dict(quantized["self_attn"])
@@ -300,8 +321,8 @@ def _attention(q, k, v, kv: KVFormat, dtype) -> jax.Array:
     q, q_scale = _rows(q)
   if kv.cache != "bf16":
     held = kv_cache.encode(k, v, kv)
-    k, k_scale = _cached(k, held.k, held.k_scale)
-    v, v_scale = _cached(v, held.v, held.v_scale)
+    k, k_scale = _cached(k, held.k, held.k_scale, kv)
+    v, v_scale = _cached(v, held.v, held.v_scale, kv)
   kv_heads = k.shape[2]
 
   def by_head(x):
@@ -337,16 +358,17 @@ def _rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   return _straight(x / scale[..., None], codes), scale[..., None]
 
 
-def _cached(x, codes, scale):
+def _cached(x, codes, scale, kv: KVFormat):
   """Codes of keys or values in f32 and their scales [..., K]; the scale
-  follows the largest channel, in gradients too."""
+  follows the channel that reaches farthest, in gradients too."""
   # Not `max`: its gradient divides by how many channels equal the result,
   # which is none where XLA computes x twice and not to the same bit.
-  index = jnp.argmax(jnp.abs(x), axis=-1, keepdims=True)
-  largest = jnp.abs(jnp.take_along_axis(x, index, axis=-1))[..., 0]
-  zero = largest == 0
-  ratio = jax.lax.stop_gradient(scale / jnp.where(zero, 1.0, largest))
-  scale = jnp.where(zero, 1.0, largest * ratio)
+  wanted = kv_cache.wanted_scales(jax.lax.stop_gradient(x), kv)
+  index = jnp.argmax(wanted, axis=-1, keepdims=True)
+  farthest = jnp.take_along_axis(x, index, axis=-1)[..., 0]
+  zero = farthest == 0
+  ratio = jax.lax.stop_gradient(scale / jnp.where(zero, 1.0, farthest))
+  scale = jnp.where(zero, 1.0, farthest * ratio)
   return _straight(x / scale[..., None], codes.astype(jnp.float32)), scale
 
 

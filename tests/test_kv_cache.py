@@ -30,8 +30,9 @@ CODED = [
   KVFormat(cache=cache, scale=scale)
   for cache, scale in itertools.product(("int4", "e4m3"), SCALES)
 ]
+CODED.append(KVFormat(cache="int4", codes="full"))
 FORMATS = [*CODED, KVFormat()]
-name = lambda kv: f"{kv.cache}-{kv.scale}"
+name = lambda kv: f"{kv.cache}-{kv.scale}-{kv.codes}"
 
 
 def random(shape, seed=0):
@@ -54,8 +55,14 @@ def test_encode_equals_numpy(kv):
   x[0, 1, 0] = 1e-6
   x[0, 2, 0] = np.linspace(-1e4, 1e4, 16)
   x[0, 3, 0] = -0.3
-  largest = 7 if kv.cache == "int4" else 448
-  scale = np.abs(x).max(-1) * np.float32(1 / largest)
+  x[1] = -x[1]
+  lowest, down, up = -7, 7, 7
+  if kv.cache == "e4m3":
+    down = up = 448
+  elif kv.codes == "full":
+    lowest, down, up = -8, 8.46, 7.47
+  inverse = lambda reach: np.float32(1 / reach)
+  scale = np.maximum(x.max(-1) * inverse(up), -x.min(-1) * inverse(down))
   if kv.scale == "e4m3":
     scale = scale.clip(max=448)
   scale = scale.astype(SCALES[kv.scale]).astype(np.float32)
@@ -64,18 +71,15 @@ def test_encode_equals_numpy(kv):
   codes = x / scale[..., None]
   codes[zero] = 0
   if kv.cache == "int4":
-    codes = np.rint(codes).clip(-7, 7)
+    codes = np.rint(codes).clip(lowest, 7)
   else:
     codes = codes.clip(-448, 448).astype(ml_dtypes.float8_e4m3fn)
-  got = kv_cache.encode(jnp.asarray(x), jnp.asarray(-x), kv)
-  np.testing.assert_array_equal(got.k_scale, scale)
-  np.testing.assert_array_equal(got.v_scale, scale)
-  np.testing.assert_array_equal(
-    np.asarray(got.k).astype(np.float32), codes.astype(np.float32)
-  )
-  np.testing.assert_array_equal(
-    np.asarray(got.v).astype(np.float32), -codes.astype(np.float32)
-  )
+  got = kv_cache.encode(jnp.asarray(x), jnp.asarray(x), kv)
+  for found, found_scale in ((got.k, got.k_scale), (got.v, got.v_scale)):
+    np.testing.assert_array_equal(found_scale, scale)
+    np.testing.assert_array_equal(
+      np.asarray(found).astype(np.float32), codes.astype(np.float32)
+    )
   assert scale[0, 0, 0] == 1 and not codes[0, 0, 0].astype(np.float32).any()
   if kv.scale == "e4m3":
     assert scale[0, 1, 0] == 1 and not codes[0, 1, 0].astype(np.float32).any()
@@ -167,6 +171,13 @@ def test_int4_error_is_half_a_step():
   got, _ = values(kv_cache.encode(x, x, kv))
   step = np.abs(np.asarray(x)).max(-1, keepdims=True) / 7
   assert (np.abs(got - x) <= step / 2 * (1 + 1e-5)).all()
+  full, _ = values(kv_cache.encode(x, x, dataclasses.replace(kv, codes="full")))
+  assert (np.abs(full - x) <= step * (7 / 7.47) / 2 * (1 + 1e-5)).all()
+  assert np.square(full - x).mean() < 0.83 * np.square(got - x).mean()
+  kv_bf16 = KVFormat(cache="int4", codes="full")
+  held = kv_cache.encode(x, x, kv_bf16)
+  half = np.asarray(held.k_scale)[..., None] / 2
+  assert (np.abs(values(held)[0] - x) <= half * (1 + 1e-5)).all()
   wide = dataclasses.replace(kv, scale="e4m3")
   got, _ = values(kv_cache.encode(x, x, wide))
   # e4m3 scales are off by up to 1/16, which then clips the largest codes.

@@ -88,6 +88,8 @@ def test_a_recipe_with_every_field_set_survives_a_round_trip():
     ("name: a\ntuning: {steps: -1}", "steps must not be negative"),
     ("name: a\ntuning: {batch: 0}", "batch must be positive"),
     ("name: a\ntuning: {weight_rate: -0.1}", "weight_rate must be finite"),
+    ("name: a\ntuning: {settling: 1.0}", "settling must be below 1"),
+    ("name: a\nkv: {cache: int4, codes: half}", "unknown kv codes format"),
     ("name: a\nkv: {cache: int3}", "cache format"),
     ("name: a\nscaling: {awq: 1.0}", "awq: not a list"),
     ("name: a\noverrides: [{projections: [q]}]", "unknown projection 'q'"),

@@ -1,6 +1,7 @@
 """Training of a quantised layer."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from test_pipeline import CONFIG, PARAMS
 
-from fireq_jax import pipeline, solve, tune
+from fireq_jax import pipeline, tune
 from fireq_jax import recipe as recipes
 from fireq_jax.config import KVFormat
 from fireq_jax.qtensor import unpack_int4
@@ -38,7 +39,7 @@ def stream(seed, tokens=16, windows=16):
 
 
 def make(weight, kv, overrides=()):
-  """A layer in f32, what `solve` makes of it, and the formats."""
+  """A layer in f32, the same quantised, and the formats."""
   layer = jax.tree.map(
     lambda x: 2 * x.astype(jnp.float32), PARAMS["model"]["layers"][0]
   )
@@ -51,20 +52,13 @@ def make(weight, kv, overrides=()):
     recipes.load("best"), weight=weight, kv=kv, overrides=overrides
   )
   formats = pipeline._formats(recipe, 0, CONFIG)
-  quantized = solve.quantize_in_order(
-    layer,
-    dict(formats),
-    [x[None] for x in stream(0)],
-    solver=recipe.solver,
-    config=CONFIG,
-    kv=kv,
-  )
+  quantized = pipeline._quantize(layer, formats=formats, recipe=recipe)
   return layer, quantized, formats
 
 
 def outputs(layer, x, kv):
   """What the model itself gives, f64 [W, T, D]."""
-  y, _ = solve.run_layer(layer, x, config=CONFIG, kv=kv)
+  y = pipeline._run(layer, x, config=CONFIG, kv=kv)
   return np.asarray(y.astype(jnp.float32), np.float64)
 
 
@@ -101,13 +95,9 @@ def test_the_trained_function_is_the_model_s(name):
   rounding = {name: f for name, f in formats if f is not None}
   start = tune._start(layer, quantized, rounding)
   at = tune._rounded(quantized, start, rounding)
-  x = stream(1, windows=8)
-  got = tune._forward(
-    tune._layer(quantized, at),
-    x,
-    config=CONFIG,
-    kv=kv,
-  )
+  x = stream(1)
+  forward = jax.jit(functools.partial(tune._forward, config=CONFIG, kv=kv))
+  got = forward(tune._layer(quantized, at), x)
   want = outputs(quantized, x, kv)
   miss = np.abs(np.asarray(got.astype(jnp.float32)) - want)
   # Equal but for sums in another order, which may flip a rounding.
@@ -116,28 +106,50 @@ def test_the_trained_function_is_the_model_s(name):
   assert miss.mean() < 0.15 * rounded
 
 
-def test_at_rate_zero_nothing_changes():
+def test_before_the_first_step_nothing_has_changed():
   layer, quantized, formats = make(*FORMATS["full codes, fireq's cache"])
-  same, errors = run(
-    layer,
-    quantized,
-    formats,
-    FORMATS["full codes, fireq's cache"][1],
-    steps=2,
-    weight_rate=0.0,
-    factor_rate=0.0,
-  )
+  formats = dict(formats)
+  start = tune._start(layer, quantized, formats)
+  same = tune._stored(quantized, start, formats)
   jax.tree.map(np.testing.assert_array_equal, same, quantized)
-  assert errors.shape == (2,) and (errors > 0).all()
+
+
+def test_settled_weights_are_those_of_their_codes():
+  layer, quantized, formats = make(*FORMATS["e4m3"])
+  formats = dict(formats)
+  moved = tune._start(layer, quantized, formats)
+  at = tune._rounded(quantized, moved, formats)
+
+  def off(share):
+    """How far weights are from their codes' values, in scales."""
+    settled = tune._settled(quantized, moved, at, share)
+    again = tune._rounded(quantized, moved | {"weights": settled}, formats)
+    jax.tree.map(np.testing.assert_array_equal, again, at)
+    weight = quantized["mlp"]["up_proj"]["kernel"]
+    value = at["weights"]["up_proj"].astype(jnp.float32)
+    return settled["up_proj"] - value / tune._scales(weight).astype(jnp.float32)
+
+  start = off(0.0)
+  assert np.abs(start).max() > 0.2
+  np.testing.assert_allclose(off(0.25), 0.75 * start, atol=1e-6)
+  np.testing.assert_allclose(off(1.0), np.zeros_like(start), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["e4m3", "full codes, fireq's cache"])
 def test_the_error_falls_and_formats_stay(name):
   weight, kv = FORMATS[name]
   layer, quantized, formats = make(weight, kv)
-  tuned, _ = run(
-    layer, quantized, formats, kv, steps=100, batch=8, weight_rate=0.02
+  tuned, errors = run(
+    layer,
+    quantized,
+    formats,
+    kv,
+    steps=100,
+    batch=8,
+    weight_rate=0.02,
+    settling=0.01,
   )
+  assert errors.shape == (100,) and (errors > 0).all()
   x = stream(0)
   want = exact_outputs(layer, x)
   size = np.square(want).mean(axis=-1)
@@ -177,23 +189,27 @@ def test_products_have_the_gradients_of_einsum(spec):
   )
 
 
-def test_the_cache_s_scale_passes_gradients():
-  """codes x scale, scale = max|x| / 7: the largest channel carries the
-  rounding errors of all others."""
+@pytest.mark.parametrize(
+  "codes, reach", [("symmetric", (7, 7)), ("full", (7.47, 8.46))]
+)
+def test_the_cache_s_scale_passes_gradients(codes, reach):
+  """codes x scale, scale = max|x| / 7 or so: the channel that reaches farthest
+  carries the rounding errors of all others."""
   rng = np.random.default_rng(0)
   x = rng.normal(size=(1, 3, 1, 8)).astype(np.float32)
   weights = rng.normal(size=x.shape).astype(np.float32)
-  kv = KVFormat(cache="int4", scale="f32")
+  kv = KVFormat(cache="int4", scale="f32", codes=codes)
 
   def total(x):
     held = tune.kv_cache.encode(x, x, kv)
-    codes, scale = tune._cached(x, held.k, held.k_scale)
+    codes, scale = tune._cached(x, held.k, held.k_scale, kv)
     return (codes * scale[..., None] * weights).sum()
 
   got = np.asarray(jax.grad(total)(jnp.asarray(x)))
-  scale = np.abs(x).max(axis=-1, keepdims=True) / 7
-  residue = np.round(x / scale) - x / scale
-  largest = np.abs(x) == np.abs(x).max(axis=-1, keepdims=True)
-  through = (weights * residue).sum(axis=-1, keepdims=True) * np.sign(x) / 7
-  want = weights + np.where(largest, through, 0)
+  step = np.where(x > 0, 1 / reach[0], -1 / reach[1])
+  scale = (x * step).max(axis=-1, keepdims=True)
+  lowest = -8 if codes == "full" else -7
+  residue = np.round(x / scale).clip(lowest, 7) - x / scale
+  through = (weights * residue).sum(axis=-1, keepdims=True) * step
+  want = weights + np.where(x * step == scale, through, 0)
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)

@@ -3,8 +3,8 @@
 From a row of the QKV projection (N query, K key, K value heads of a token):
 
   q' = rope(q) / key_scale           -> e4m3 codes, scale amax / 448, or bf16
-  k' = rope(k) * key_scale - key_shift  -> INT4 codes, scale amax / 7
-  v                                     -> INT4 codes, scale amax / 7
+  k' = rope(k) * key_scale - key_shift  -> INT4 codes and a scale
+  v                                     -> INT4 codes and a scale
 
 Codes and scales of keys and values go to their row's place in the cache, which
 is updated in place. The laws are those of `kv_cache.encode` and
@@ -76,6 +76,7 @@ class Sizes:
   capacity: int
   query: str
   scale: str
+  codes: str
   factors: tuple[str, ...]
   passes: int
 
@@ -249,6 +250,7 @@ def sizes_of(
     capacity=capacity,
     query=cache.format.query,
     scale=cache.format.scale,
+    codes=cache.format.codes,
     factors=factors,
     passes=passes,
   )
@@ -355,12 +357,13 @@ def _key_task(
     place = start + i
     live = live & (i < count) & (place < sizes.capacity)
     row = (b * sizes.kv_heads + head) * sizes.capacity + place
-    amax = rows.largest(t, low + high, sizes.rope_lanes)
-    scale, stored = rows.scale(t, amax, sizes.scale)
+    scale, stored = rows.scale(
+      t, low + high, sizes.rope_lanes, sizes.codes, sizes.scale
+    )
     first = channel < 8
     t.store(k_scales, row, [stored], live & first, rows.SCALE_BITS[sizes.scale])
     for part, index in ((low, channel), (high, channel + h // 2)):
-      word = rows.word(t, [(x, scale) for x in part], sizes.scale)
+      word = rows.word(t, [(x, scale) for x in part], sizes.codes, sizes.scale)
       t.store(k, row * (h // 8) + index // 8, [word], live)
 
 
@@ -442,7 +445,7 @@ def _value_task(
     loaded.append((i, live, rows.unpack_bf16(t, words)))
   masks, columns, scales = [], [], []
   for i, live, values in loaded:
-    scale, stored = rows.scale(t, rows.largest(t, values, lanes), sizes.scale)
+    scale, stored = rows.scale(t, values, lanes, sizes.codes, sizes.scale)
     masks.append(t.select(live, 15, 0) << (i * 4))
     columns.append([(x, scale) for x in values])
     scales.append((i, live, stored))
@@ -453,10 +456,12 @@ def _value_task(
   some = functools.reduce(operator.or_, [live for _, live, _ in scales])
   mask = functools.reduce(operator.or_, masks)
   if sizes.length == 1:
-    codes = [rows.word(t, [x], sizes.scale) for x in columns[0]]
+    codes = [rows.word(t, [x], sizes.codes, sizes.scale) for x in columns[0]]
     new = [(code & 15) << (scales[0][0] * 4) for code in codes]
   else:
-    new = [rows.word(t, octet, sizes.scale) for octet in zip(*columns)]
+    new = [
+      rows.word(t, octet, sizes.codes, sizes.scale) for octet in zip(*columns)
+    ]
   # Of words that are written in part, other nibbles stay as they are.
   part = some
   if sizes.length > 1:

@@ -4,7 +4,11 @@ Functions of a `threads.Threads` and of its registers, for programs that round
 rows. The laws of scales and codes are those of `kv_cache.encode`.
 """
 
+import functools
+
 import numpy as np
+
+from fireq_jax.kv_cache import INT4
 
 SCALE_BITS = {"bf16": 16, "e4m3": 8, "f32": 32}
 TINY = float(np.finfo(np.float32).tiny)
@@ -32,18 +36,27 @@ def each(function, *lists):
 
 def largest(t, values, lanes):
   """The largest magnitude in `lanes` neighbouring lanes."""
-  amax = t.absolute(values[0])
-  for x in values[1:]:
-    amax = t.maximum(amax, t.absolute(x))
+  amax = functools.reduce(t.maximum, [t.absolute(x) for x in values])
+  return _over_lanes(t, amax, lanes)
+
+
+def _over_lanes(t, x, lanes):
   while lanes > 1:
     lanes //= 2
-    amax = t.maximum(amax, t.shuffle_xor(amax, lanes))
-  return amax
+    x = t.maximum(x, t.shuffle_xor(x, lanes))
+  return x
 
 
-def scale(t, amax, dtype):
-  """The scale of INT4 codes, rounded to `dtype`; and the bits to store."""
-  scale = amax * float(np.float32(1 / 7))
+def scale(t, values, lanes, codes, dtype):
+  """The scale of INT4 codes of all values in `lanes` neighbouring lanes,
+  rounded to `dtype`; and the bits to store."""
+  _, down, up = INT4[codes]
+  high = functools.reduce(t.maximum, values)
+  low = functools.reduce(t.minimum, values)
+  scale = t.maximum(
+    high * float(np.float32(1 / up)), low * float(np.float32(-1 / down))
+  )
+  scale = _over_lanes(t, scale, lanes)
   match dtype:
     case "bf16":
       scale = t.as_f32(t.pack_bf16(scale, scale) & 0xFFFF0000)
@@ -58,15 +71,17 @@ def scale(t, amax, dtype):
   return scale, t.bits(scale)
 
 
-def word(t, values, dtype):
-  """Codes round(x / scale) in [-7, 7] of at most 8 (x, scale), as nibbles.
+def word(t, values, codes, dtype):
+  """Codes round(x / scale) of at most 8 (x, scale), as nibbles.
 
-  Scales are of `scale`, rounded to `dtype`.
+  Scales are of `scale`: only those rounded to e4m3 may be so much too small
+  that another code would follow.
   """
+  lowest = float(INT4[codes][0])
   total = _WORD
   for n, (x, scale) in enumerate(values):
     x = t.divide(x, scale)
-    if dtype == "e4m3":  # of few bits, and fewer for small ones
-      x = t.minimum(t.maximum(x, -7.0), 7.0)
+    if dtype == "e4m3":
+      x = t.minimum(t.maximum(x, lowest), 7.0)
     total = (t.bits(x + _TO_INTEGER) << (4 * n)) + total
   return total ^ 0x88888888

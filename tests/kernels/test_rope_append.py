@@ -35,11 +35,12 @@ class Case:
   capacity: int = 96
   scale: str = "bf16"
   query: str = "e4m3"
+  codes: str = "symmetric"
   factors: tuple[str, ...] = ()
 
   def __str__(self):
     size = f"{self.length}x{self.heads}x{self.kv_heads}x{self.head_dim}"
-    return "-".join([size, self.scale, self.query, *self.factors])
+    return "-".join([size, self.scale, self.query, self.codes, *self.factors])
 
   @property
   def batch(self):
@@ -47,7 +48,9 @@ class Case:
 
   @property
   def format(self):
-    return KVFormat(cache="int4", scale=self.scale, query=self.query)
+    return KVFormat(
+      cache="int4", scale=self.scale, query=self.query, codes=self.codes
+    )
 
   def cache(self):
     """Random words, of which the kernel must keep those it does not write."""
@@ -110,7 +113,7 @@ BOTH = ("key_scale", "key_shift")
 DECODE = [
   Case(starts=(0, 5, 31, 32, 95, 96), counts=(1, 1, 1, 0, 1, 1)),
   Case(starts=(9, 64), counts=(1, 1), head_dim=64, scale="f32", query="bf16"),
-  Case(starts=(7,), counts=(1,), scale="e4m3", factors=BOTH),
+  Case(starts=(7,), counts=(1,), scale="e4m3", codes="full", factors=BOTH),
   Case(starts=(8, 80), counts=(1, 1), heads=3, kv_heads=1, capacity=81),
 ]
 PREFILL = [
@@ -125,6 +128,7 @@ PREFILL = [
     heads=6,
     kv_heads=3,
     capacity=77,
+    codes="full",
     factors=BOTH,
   ),
   Case(
@@ -152,10 +156,15 @@ def numpy_rope_append(qkv, cos, sin, cache, starts, counts, **factors):
     k = k - f32(factors["key_shift"])
 
   def int4(x):
-    scale = np.abs(x).max(-1) * np.float32(1 / 7)
+    lowest, down, up = -7, 7, 7
+    if cache.format.codes == "full":
+      lowest, down, up = -8, 8.46, 7.47
+    scale = np.maximum(
+      x.max(-1) * np.float32(1 / up), -x.min(-1) * np.float32(1 / down)
+    )
     scale = scale.clip(max=448).astype(SCALES[cache.format.scale])
     codes = x / np.where(scale == 0, 1, scale).astype(np.float32)[..., None]
-    codes = np.where((scale == 0)[..., None], 0, np.rint(codes).clip(-7, 7))
+    codes = np.where((scale == 0)[..., None], 0, np.rint(codes).clip(lowest, 7))
     return codes, np.where(scale == 0, 1, scale).astype(scale.dtype)
 
   q_scale = None
