@@ -50,7 +50,7 @@ def codes_and_scales(
   keys = jax.random.split(jax.random.key(seed), 4)
   shape = (batch, tokens, kv_heads)
   codes = [
-    jax.random.randint(key, (*shape, head_dim), -7, 8).astype(jnp.int8)
+    jax.random.randint(key, (*shape, head_dim), -8, 8).astype(jnp.int8)
     for key in keys[:2]
   ]
   scales = [

@@ -286,7 +286,7 @@ def interpreted_prefill(operands, **tuning):
 
 def codes(*shape):
   return jnp.asarray(
-    np.random.default_rng(0).integers(-7, 8, (2, *shape)), jnp.int8
+    np.random.default_rng(0).integers(-8, 8, (2, *shape)), jnp.int8
   )
 
 
