@@ -6,8 +6,9 @@ for T tokens) and cached tokens s:
   score[r, s] = sm_scale * q_scale[r] * k_scale[s] * sum_h q[r, h] k[s, h]
   out[r, h]   = sum_s softmax(score)[r, s] * v_scale[s] * v[s, h]
 
-k and v are the INT4 codes themselves. Products are exact in bf16 operands, but
-for P, which is rounded to bf16 after v's scale; everything else is f32.
+k and v are the INT4 codes themselves. Operands of products are exact, e4m3
+queries in f16 and others in bf16, but for P, which is rounded to bf16 after v's
+scale; everything else is f32.
 
 Who does what (one persistent CTA a multiprocessor), when consumers team up:
 
@@ -54,7 +55,8 @@ from fireq_jax.pallas.device import one_by_one
 from fireq_jax.pallas.inline import fence_async_proxy, load, store
 
 MAX_QUERIES = 8
-_NEVER = -1e30  # a maximum below every score, finite so that differences are
+# A maximum below every score, finite so that differences are, scaled or not.
+_NEVER = -1e20
 _REGISTERS = {1: 232, 2: 232, 3: 152}  # of a consumer, by their number
 
 
@@ -161,7 +163,9 @@ def _kernel(
   merged = merged_layout(rows.heads, head_dim)
   partials = 4 * team
   stride = ctas * rings
-  log2_scale = math.log2(math.e) * head_dim**-0.5
+  # Keys are multiplied in units of their own.
+  q_dtype = jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float16
+  log2_scale = math.log2(math.e) * head_dim**-0.5 * frag.key_unit(q_dtype)
 
   def kernel(
     q_gmem, k_gmem, ks_gmem, v_gmem, vs_gmem, start_gmem, count_gmem, *rest,
@@ -196,6 +200,7 @@ def _kernel(
         ring * team + p // 4,
         pl.ds(p % 4 * ROWS + part * rows.heads, rows.heads),
       ]
+      sums_of = lambda p: rows_of(o_smem, p).at[:, pl.ds(0, head_dim)]
       stat = lambda ref, p: load(rows_of(ref, p), merged.reduce(1))
       top = functools.reduce(
         jnp.maximum, [stat(m_smem, p) for p in range(partials)]
@@ -205,7 +210,7 @@ def _kernel(
       for p in range(partials):
         weight = jnp.exp2(stat(m_smem, p) - top)
         total = total + weight * stat(l_smem, p)
-        out = out + load(rows_of(o_smem, p), merged) * spread(
+        out = out + load(sums_of(p), merged) * spread(
           weight, out.shape, 0, merged
         )
       share = jnp.where(token < real, 1.0, 0.0)
@@ -306,27 +311,28 @@ def _kernel(
         b, head, split, first, count, start, real = span(ring, i)
         _, first_token, query_head = rows.place(head)
         slot = 2 * ring + lax.rem(i, 2)
-        # One multiplication by what no score can do without.
-        x_scale = fill(log2_scale, (ROWS,), frag.PER_ROW)
+        # What scores are multiplied by; a number for each row of each warp.
+        x_scale = fill(log2_scale, (4 * ROWS,), frag.STATS)
         if qs_gmem is not None:
           row = plgpu.broadcasted_iota(
-            jnp.int32, (ROWS,), 0, layout=frag.PER_ROW
+            jnp.int32, (4 * ROWS,), 0, layout=frag.STATS
           )
           for r in range(rows.parts * rows.heads):
             token = lax.min(first_token + r // rows.heads, queries - 1)
             scale = qs_gmem[b, token, query_head + r % rows.heads]
-            scale = fill(scale * log2_scale, (ROWS,), frag.PER_ROW)
-            x_scale = jnp.where(row == r, scale, x_scale)
+            scale = fill(scale * log2_scale, (4 * ROWS,), frag.STATS)
+            x_scale = jnp.where(lax.rem(row, ROWS) == r, scale, x_scale)
         plgpu.barrier_wait(q_full.at[slot])
-        q = load(q_smem.at[slot], frag.queries(head_dim))
-        q = q.astype(jnp.float32).astype(jnp.bfloat16)
+        q = load(q_smem.at[slot], frag.queries(head_dim)).astype(q_dtype)
         plgpu.barrier_arrive(q_empty.at[slot])
         nothing = plgpu.layout_cast(
           jnp.zeros((block // k_row, 128), jnp.uint32),
           frag.key_words(head_dim),
         )
         # Every score is too large by the product with codes of zero.
-        bias = frag.key_products(nothing, q)
+        zeros = fill(0.0, (block, ROWS), frag.SCORES)
+        bias = frag.key_products(nothing, q, zeros)
+        to_scores = lambda x: frag.to_scores(x, block)
 
         def body(j, carry, masked):
           acc, m, l, p_sum = carry
@@ -334,15 +340,13 @@ def _kernel(
           stage = ring * ring_stages + lax.rem(done + index, ring_stages)
           plgpu.barrier_wait(full.at[stage])
           keys = load(k_smem.at[stage], frag.key_words(head_dim))
-          x = frag.key_products(keys, q)
+          x = frag.key_products(keys, q, -bias)
           shape = x.shape
-          x = x - bias
           per_token = lambda ref: spread(
-            load(ref.at[stage], frag.PER_TOKEN).astype(jnp.float32),
+            frag.scales(load(ref.at[stage], frag.PER_TOKEN)),
             shape, 0, frag.SCORES,
           )  # fmt: skip
           x = x * per_token(ks_smem)
-          x = x * spread(x_scale, shape, 1, frag.SCORES)
           if masked:
             iota = functools.partial(
               plgpu.broadcasted_iota, jnp.int32, shape, layout=frag.SCORES
@@ -351,12 +355,11 @@ def _kernel(
             last = start + first_token + lax.div(iota(1), rows.heads)
             x = jnp.where(token <= last, x, -jnp.inf)
           m_new = jnp.maximum(m, frag.warp_max(x))
-          alpha = jnp.exp2(m - m_new)
-          p = jnp.exp2(x - frag.to_scores(m_new, block))
-          decay = frag.to_scores(alpha, block)
-          l = l * decay + p
+          alpha = jnp.exp2((m - m_new) * x_scale)
+          p = jnp.exp2(x * to_scores(x_scale) - to_scores(m_new * x_scale))
+          l = l * to_scores(alpha) + p
           p = frag.to_bf16(p * per_token(vs_smem))
-          p_sum = p_sum * decay + p.astype(jnp.float32)
+          p_sum = p_sum * alpha + frag.warp_total(p)
           acc = acc * spread(alpha, acc.shape, 0, frag.OUTPUTS)
           values = load(v_smem.at[stage], frag.value_words(head_dim))
           acc = frag.value_products(acc, p, values)
@@ -372,8 +375,8 @@ def _kernel(
         carry = (
           fill(0.0, (4 * ROWS, head_dim), frag.OUTPUTS),
           fill(_NEVER, (4 * ROWS,), frag.STATS),
-          fill(0.0, (block, ROWS), frag.SCORES),
-          fill(0.0, (block, ROWS), frag.SCORES),
+          zeros,
+          fill(0.0, (4 * ROWS,), frag.STATS),
         )
         loop = lambda lo, hi, masked, c: lax.fori_loop(
           lo, hi, functools.partial(body, masked=masked), c
@@ -382,16 +385,15 @@ def _kernel(
         acc, m, l, p_sum = loop(n_whole, n, True, carry)
 
         # Merge the team's warps; its consumers take turns to do it.
-        l, p_sum = frag.warp_sum(l), frag.warp_sum(p_sum)
         acc = acc - spread(frag.BIAS * p_sum, acc.shape, 0, frag.OUTPUTS)
 
         @pl.when(i > 0)
         def _():
           plgpu.barrier_wait(merge_done.at[ring])
 
-        store(m_smem.at[wg], m)
-        store(l_smem.at[wg], l)
-        store(o_smem.at[wg], acc)
+        store(m_smem.at[wg], m * x_scale)
+        store(l_smem.at[wg], frag.warp_sum(l))
+        store(o_smem.at[wg, :, pl.ds(0, head_dim)], acc)
         plgpu.barrier_arrive(merge_ready.at[ring])
         plgpu.barrier_wait(merge_ready.at[ring])
 
@@ -430,7 +432,8 @@ def _kernel(
       ks_smem=plgpu.SMEM((stages, block), k_scale.dtype),
       v_smem=plgpu.SMEM((stages, block // 32, head_dim // 32, 128), jnp.uint32),
       vs_smem=plgpu.SMEM((stages, block), v_scale.dtype),
-      o_smem=plgpu.SMEM((nc, 4 * ROWS, head_dim), jnp.float32),
+      # Rows of 16 bytes more, so that a warp's stores hit different banks.
+      o_smem=plgpu.SMEM((nc, 4 * ROWS, head_dim + 4), jnp.float32),
       m_smem=plgpu.SMEM((nc, 4 * ROWS), jnp.float32),
       l_smem=plgpu.SMEM((nc, 4 * ROWS), jnp.float32),
       full=plgpu.Barrier(num_arrivals=4, num_barriers=stages),

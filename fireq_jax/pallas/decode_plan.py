@@ -6,6 +6,7 @@ from fireq_jax.config import check
 from fireq_jax.pallas.int4_fragments import TOKENS
 
 _CONSUMERS = 3
+_STAGES = {1: 8, 2: 8, 3: 9}  # by consumers
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +51,7 @@ class Tuning:
 
 
 def plan(items: int, blocks: int, tuning: Tuning) -> Tuning:
-  """Chooses splits and teams that end soonest.
+  """Chooses splits, consumers and teams that end soonest.
 
   Times are in units of 0.5 us, in which all CTAs together load a block each;
   they were fitted to what 1 to 128 sequences of 1k to 128k tokens took.
@@ -60,33 +61,38 @@ def plan(items: int, blocks: int, tuning: Tuning) -> Tuning:
     blocks: blocks of the longest sequence.
     tuning: what it leaves open is chosen.
   """
-  block_time, alone = 2.8, 0.4  # in a consumer; to load, at the very least
-  consumers = tuning.consumers or _CONSUMERS
-  stages = tuning.stages or 3 * consumers
+  # By consumers: of a block in one of them; to begin and to merge an item.
+  block_time, edges = {1: 1.5, 2: 1.9, 3: 2.65}, {1: 2.7, 2: 4, 3: 6.3}
+  alone = 0.4  # to load a block, at the very least
+  stages_of = lambda consumers: tuning.stages or _STAGES[consumers]
 
   def cost(choice):
-    splits, team = choice
-    edge = 3 if team == 1 else 6  # to begin and to merge an item
+    splits, consumers, team = choice
+    edge = edges[team]
     share = -(-blocks // splits)
     busy = -(-items * splits // tuning.ctas)  # items of a CTA
     rounds = -(-busy // (consumers // team))
-    compute = rounds * (-(-share // team) * block_time + edge)
-    fill = alone * min(share, stages)
+    compute = rounds * (-(-share // team) * block_time[consumers] + edge)
+    fill = alone * min(share, stages_of(consumers))
     load = busy * share * max(min(items * splits / tuning.ctas, 1), alone)
     combine = 3 + splits / 16 if splits > 1 else 0
     return max(compute + fill, load + edge) + combine
 
   most = max(1, min(blocks, tuning.ctas))
   shares = [tuning.splits] if tuning.splits else range(1, most + 1)
-  teams = [tuning.team] if tuning.team else [consumers]
-  choices = [(s, t) for t in teams for s in shares]
+  numbers = [tuning.consumers] if tuning.consumers else [1, 2, _CONSUMERS]
+  if tuning.stages and not tuning.consumers:
+    numbers = [_CONSUMERS]
+  choices = [(s, n, tuning.team or n) for n in numbers for s in shares]
   # Not measured with longer sequences or several splits.
   if tuning.team is None and 1 in shares and blocks <= 16:
-    choices.append((1, 1))
-  splits, team = min(choices, key=cost)
-  is_open = (tuning.stages, tuning.consumers, tuning.team) == (None,) * 3
-  if is_open and (splits, team) == (1, consumers) and blocks <= 16:
-    consumers, stages, team = 2, 8, 2  # which are merged sooner
+    choices.append((1, numbers[-1], 1))
+  choices = [c for c in choices if c[2] in (1, c[1])]
+  splits, consumers, team = min(choices, key=cost)
   return dataclasses.replace(
-    tuning, stages=stages, consumers=consumers, splits=splits, team=team
+    tuning,
+    stages=stages_of(consumers),
+    consumers=consumers,
+    splits=splits,
+    team=team,
   )

@@ -3,8 +3,8 @@
 A decode step multiplies every cached code by a few queries, so it is bound by
 bytes; what matters is how few instructions stand between a cache word and the
 tensor core. Here a word holds exactly the 8 codes of the thread that loads it,
-conversion takes 7 integer instructions for 8 codes, and no warp ever waits for
-another. Operands are swapped: tokens (for scores) and channels (for values)
+conversion takes 5 or 7 integer instructions for 8 codes, and no warp ever waits
+for another. Operands are swapped: tokens (for scores) and channels (for values)
 are the 16 rows of m16n8k16, the query rows its 8 columns.
 
 Thread 4g + t of warp w (g in 0..7, t in 0..3) holds, of 128 tokens:
@@ -20,7 +20,14 @@ From scores to the second product, rows of probabilities become columns:
 Nibbles become bf16 by `(word >> 4 i) & 0x000f000f ^ 0x43084308`: two's
 complement codes i and i + 4, plus 136, as the low mantissa bits of [128, 144).
 The caller subtracts 136 times the sum of the other operand.
+
+Keys of e4m3 queries become f16, whose mantissa holds two nibbles, so that one
+shift by 8 does: `word & 0x000f000f ^ 0x00080008` are codes plus 8 in units of
+2^-24 (small numbers have no leading one), `word & 0x00f000f0 ^ 0x00800080` the
+next ones, times 16, by which the queries are divided. Both are exact.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,12 +96,20 @@ def queries(head_dim: int):
   return _layout(tiling, None, (-4, -3), replicated_warps=True)
 
 
-def key_products(keys: jax.Array, q: jax.Array) -> jax.Array:
-  """(keys + 136) . q of every token and query row.
+def key_unit(dtype: Any) -> float:
+  """The unit of `key_products` with queries of `dtype`, bf16 or f16."""
+  return 2.0**24 if dtype == jnp.float16 else 1.0
+
+
+def key_products(keys: jax.Array, q: jax.Array, start: jax.Array) -> jax.Array:
+  """start + (keys + bias) . q / `key_unit` of every token and query row.
+
+  The bias is what the keys of zero words give.
 
   Args:
     keys: uint32 [tokens * H / 1024, 128], layout `key_words`.
-    q: bf16 [ROWS, H], layout `queries`.
+    q: [ROWS, H], layout `queries`: bf16, or f16 with at most 4 bits each.
+    start: f32 [tokens, ROWS], layout `SCORES`.
 
   Returns:
     f32 [tokens, ROWS], layout `SCORES`.
@@ -102,13 +117,19 @@ def key_products(keys: jax.Array, q: jax.Array) -> jax.Array:
   head_dim = q.shape[1]
   words = head_dim // 8
   tokens = keys.shape[0] * 128 // words
+  unit = key_unit(q.dtype)
+  bias = BIAS if unit == 1 else 8
 
-  def emit(keys, q):
+  def emit(keys, q, start):
     zero = arith.constant(ir.F32Type.get(), 0.0)
+    f16 = q.mlir_dtype == ir.F16Type.get()
+    kind, operands = ("f16", _small) if f16 else ("bf16", _pairs)
     b = {
       (w, i): _halves(q.registers[0, 0, 0, 0, w, 0], i)
       for w, i in np.ndindex(words // 4, 4)
     }
+    if f16:  # codes with odd numbers come out 16 times as large
+      b = {(w, i): _sixteenth(x) if i % 2 else x for (w, i), x in b.items()}
     layout = _tiled(SCORES)
     out = np.empty(layout.registers_shape((tokens, ROWS)), dtype=object)
     for block, half in np.ndindex(tokens // TOKENS, 2):
@@ -116,28 +137,31 @@ def key_products(keys: jax.Array, q: jax.Array) -> jax.Array:
         elements(keys.registers[block, 0, 0, 0, 0, 0, 2 * half + i, 0, 0])
         for i in range(2)
       ]
-      c = [zero] * 4
+      places = [(block, 0, 0, 0, 0, 0, 2 * half + i, 0, 0) for i in range(2)]
+      # Two sums, so that products wait less for one another.
+      c = [[x for at in places for x in elements(start.registers[at])]]
+      c.append([zero] * 4)
       for w, step in np.ndindex(words // 4, 2):
         nibbles = (2 * step, 2 * step + 1)
-        a = [_pair(token[w], i) for i in nibbles for token in token_words]
-        c = _mma(a, [b[w, i] for i in nibbles], c)
-      for i in range(2):
-        out[block, 0, 0, 0, 0, 0, 2 * half + i, 0, 0] = vector(
-          c[2 * i : 2 * i + 2]
-        )
+        a = [operands(token[w], step) for token in token_words]
+        a = [pair[i] for i in range(2) for pair in a]
+        c[step] = _mma(a, [b[w, i] for i in nibbles], c[step], kind)
+      c = [arith.addf(x, y) for x, y in zip(*c)]
+      for i, at in enumerate(places):
+        out[at] = vector(c[2 * i : 2 * i + 2])
     return array(out, layout)
 
-  def model(keys, q):
+  def model(keys, q, start):
     codes = unpack_words(keys).reshape(tokens, head_dim)
-    codes = codes.astype(jnp.float32) + float(BIAS)
-    return codes @ q.astype(jnp.float32).T
+    codes = codes.astype(jnp.float32) + float(bias)
+    return start + codes @ q.astype(jnp.float32).T / unit
 
   return inline(
     emit,
     model,
-    arg_types=(key_words(head_dim), queries(head_dim)),
+    arg_types=(key_words(head_dim), queries(head_dim), SCORES),
     return_type=plgpu.ShapeDtypeStruct((tokens, ROWS), jnp.float32, SCORES),
-  )(keys, q)
+  )(keys, q, start)
 
 
 def value_products(
@@ -163,12 +187,7 @@ def value_products(
       for v, i in np.ndindex(head_dim // 32, 2)
     }
     for block in range(tokens // TOKENS):
-      b = [
-        _transpose_8x8(
-          mgpu.utils.bitcast(p.registers[block, 0, 0, 0, 0, 0, i, 0, 0], i32())
-        )
-        for i in range(4)
-      ]
+      b = _transposed(p, block)
       for v, e in np.ndindex(head_dim // 32, 2):
         # Rows g and g + 8 of the product are channels 2e and 2e + 1 of a quad.
         words = elements(values.registers[block, 0, 0, 0, v, 0, 0])
@@ -176,7 +195,8 @@ def value_products(
         d = [c[key][channel] for key, channel in where]
         for step in range(2):
           nibbles = (2 * step, 2 * step + 1)
-          a = [_pair(w, i) for i in nibbles for w in words[2 * e : 2 * e + 2]]
+          a = [_pairs(w, step) for w in words[2 * e : 2 * e + 2]]
+          a = [pair[i] for i in range(2) for pair in a]
           d = _mma(a, [b[i] for i in nibbles], d)
         for (key, channel), value in zip(where, d):
           c[key][channel] = value
@@ -207,6 +227,66 @@ def warp_max(x: jax.Array) -> jax.Array:
 def warp_sum(x: jax.Array) -> jax.Array:
   """f32 [tokens, ROWS] (`SCORES`) -> each warp's sums [4 * ROWS] (`STATS`)."""
   return _warp_reduce(x, arith.addf, jnp.sum)
+
+
+def warp_total(p: jax.Array) -> jax.Array:
+  """`warp_sum` of bf16, by the tensor cores."""
+
+  def emit(p):
+    ones = constant(0x3F803F80)
+    zero = arith.constant(ir.F32Type.get(), 0.0)
+    c = [zero] * 4
+    for block in range(p.shape[0] // TOKENS):
+      b = _transposed(p, block)
+      for step in range(2):
+        c = _mma([ones] * 4, b[2 * step : 2 * step + 2], c)
+    layout = _tiled(STATS)
+    out = np.empty(layout.registers_shape((4 * ROWS,)), dtype=object)
+    for row in range(2):
+      out[_STAT_REGISTER[row]] = vector([c[row]])
+    return array(out, layout)
+
+  meaning = lambda p: jnp.sum(
+    p.astype(jnp.float32).reshape(-1, 4, 32, ROWS), axis=(0, 2)
+  ).reshape(4 * ROWS)
+  return inline(
+    emit,
+    meaning,
+    arg_types=(SCORES,),
+    return_type=plgpu.ShapeDtypeStruct((4 * ROWS,), jnp.float32, STATS),
+  )(p)
+
+
+def scales(x: jax.Array) -> jax.Array:
+  """Scales [tokens] (`PER_TOKEN`) as f32, e4m3 two at a time."""
+  if x.dtype != jnp.float8_e4m3fn:
+    return x.astype(jnp.float32)
+
+  def emit(x):
+    f32, half = ir.F32Type.get(), ir.IntegerType.get_signless(16)
+    byte = ir.IntegerType.get_signless(8)
+    out = np.empty_like(x.registers)
+    places = list(np.ndindex(out.shape))
+    for pair in zip(places[::2], places[1::2]):
+      bytes_ = [mgpu.utils.bitcast(x.registers[at], byte) for at in pair]
+      both = mgpu.utils.bitcast(vector(bytes_), half)
+      numbers = assembly(
+        llvm.StructType.get_literal([f32] * 2),
+        [both],
+        "{ .reg .b32 w; .reg .b16 a, b; cvt.rn.f16x2.e4m3x2 w, $2;"
+        " mov.b32 {a, b}, w; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }",
+        "=f,=f,h",
+      )
+      for i, at in enumerate(pair):
+        out[at] = vector([llvm.extractvalue(f32, numbers, (i,))])
+    return array(out, x.layout)
+
+  return inline(
+    emit,
+    lambda x: x.astype(jnp.float32),
+    arg_types=(PER_TOKEN,),
+    return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, PER_TOKEN),
+  )(x)
 
 
 def to_bf16(x: jax.Array) -> jax.Array:
@@ -286,38 +366,70 @@ def to_scores(stats: jax.Array, tokens: int) -> jax.Array:
 _STAT_REGISTER = ((0, 0, 0, 0, 0), (0, 0, 0, 1, 0))
 
 
-def _pair(word, i):
-  """Codes i and i + 4 of a word, plus 136, as two bf16 in an i32."""
-  if i:
-    word = arith.shrui(word, constant(4 * i))
-  return assembly(
-    i32(),
-    [word],
-    "lop3.b32 $0, $1, 0x000f000f, 0x43084308, 0x6a;",  # (a & b) ^ c
-    "=r,r",
-  )
+def _pairs(word, step):
+  """Codes i and i + 4 of a word, plus 136, as two bf16 in an i32.
+
+  For i = 2 step and 2 step + 1.
+  """
+  out = []
+  for i in (2 * step, 2 * step + 1):
+    x = arith.shrui(word, constant(4 * i)) if i else word
+    out.append(_masked(x, 0x000F000F, 0x43084308))
+  return out
+
+
+def _small(word, step):
+  """The same plus 8 as f16 in units of 2^-24, those of odd i 16 times that."""
+  if step:
+    word = arith.shrui(word, constant(8))
+  return [
+    _masked(word, 0x000F000F, 0x00080008),
+    _masked(word, 0x00F000F0, 0x00800080),
+  ]
+
+
+def _masked(word, mask, flipped):
+  text = f"lop3.b32 $0, $1, {mask}, {flipped}, 0x6a;"  # (a & b) ^ c
+  return assembly(i32(), [word], text, "=r,r")
+
+
+def _sixteenth(pair):
+  text = "{ .reg .b32 c; mov.b32 c, 0x2c002c00; mul.rn.f16x2 $0, $1, c; }"
+  return assembly(i32(), [pair], text, "=r,r")
 
 
 def _halves(octet, i):
-  """Elements i and i + 4 of eight bf16, in an i32."""
-  pair = llvm.mlir_undef(ir.VectorType.get((2,), ir.BF16Type.get()))
+  """Elements i and i + 4 of eight 16-bit numbers, in an i32."""
+  element = ir.VectorType(octet.type).element_type
+  pair = llvm.mlir_undef(ir.VectorType.get((2,), element))
   for j in range(2):
     value = llvm.extractelement(octet, constant(i + 4 * j))
     pair = llvm.insertelement(pair, value, constant(j))
   return mgpu.utils.bitcast(pair, i32())
 
 
-def _mma(a, b, c):
+def _mma(a, b, c, kind="bf16"):
   """m16n8k16: four i32 A, two i32 B, four f32 C -> four f32."""
   f32 = ir.F32Type.get()
   out = assembly(
     llvm.StructType.get_literal([f32] * 4),
     [*a, *b, *c],
-    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3},"
+    f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
+    " {$0, $1, $2, $3},"
     " {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
     "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
   )
   return [llvm.extractvalue(f32, out, (i,)) for i in range(4)]
+
+
+def _transposed(p, block):
+  """The four operands of products of a block's probabilities."""
+  return [
+    _transpose_8x8(
+      mgpu.utils.bitcast(p.registers[block, 0, 0, 0, 0, 0, i, 0, 0], i32())
+    )
+    for i in range(4)
+  ]
 
 
 def _transpose_8x8(x):

@@ -169,8 +169,9 @@ def test_plan_fills_the_card():
 
   assert plan(512, 64) == (1, 3)
   assert plan(128, 9) == (1, 2)
+  assert plan(8, 9) == (9, 1)
   splits, team = plan(8, 512)
-  assert 8 * splits in range(120, 133) and team == 3
+  assert 8 * splits in range(120, 133) and team == 2
   assert plan(1024, 9) == (1, 1)
   assert plan(1, 1)[0] == 1
   chosen = decode_attention.Tuning(splits=7, team=1, stages=6, consumers=3)
