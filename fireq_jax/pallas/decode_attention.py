@@ -187,6 +187,9 @@ def _kernel(
       head = lax.rem(lax.div(item, splits), heads)
       b = lax.div(item, splits * heads)
       start, real = start_gmem[b], count_gmem[b]
+      if splits == -(-k_scale.shape[2] // block):
+        # One block, which nobody need know the length to load.
+        return b, head, split, split, jnp.int32(1), start, real
       length = jnp.where(real > 0, start + real, 0)
       blocks = lax.div(length + (block - 1), block)
       share = lax.div(blocks + (splits - 1), splits)

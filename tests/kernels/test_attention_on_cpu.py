@@ -246,7 +246,8 @@ def close(got, want, tolerance):
 )
 def test_interpreted_decode(heads, head_dim, starts, counts, scale, team):
   mosaic_interpreter = interpreter()
-  batch, queries, tokens = len(starts), max(counts), 272
+  batch, queries = len(starts), max(counts)
+  tokens = 272 if max(starts) > 100 else 112  # 3 blocks or 1
   bits = lambda seed, *shape: jnp.asarray(
     np.random.default_rng(seed).integers(0, 2**32, shape, np.uint32)
   )
