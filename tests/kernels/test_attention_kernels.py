@@ -109,7 +109,7 @@ def test_decode(head_dim, heads, queries, query, scale):
   for tuning in (
     decode_attention.Tuning(),
     decode_attention.Tuning(splits=1, team=3),
-    decode_attention.Tuning(splits=5, team=3),
+    decode_attention.Tuning(splits=9),  # items of one block
     decode_attention.Tuning(splits=3, team=1),
     decode_attention.Tuning(splits=1, team=2, consumers=2),
   ):
