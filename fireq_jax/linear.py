@@ -16,6 +16,8 @@ from fireq_jax.pallas.layouts import PackedInt4
 from fireq_jax.qtensor import QTensor, quantize_e4m3, quantize_norm_e4m3
 
 Weight = jax.Array | QTensor | PackedInt4
+# Most tokens that a matmul rounds faster than a kernel of their own.
+QUANTISING_TOKENS = 16
 
 
 class RMSNorm(NamedTuple):
@@ -130,30 +132,44 @@ def in_features(w: Weight) -> int:
 def _packed(x, w, norm, residual, out_dtype, implementation):
   """Calls the kernels on rows [T, C] of activations."""
   rows = lambda a: a.reshape(-1, a.shape[-1])
-  tokens, scale = x.size // x.shape[-1], None
-  if w.activation == "e4m3":
-    args, eps = (rows(x),), 0.0
-    if norm is not None:
-      args, eps = (rows(x), norm.weight), norm.eps
-    runs = _runs(act_quant, implementation, *args)
-    quantize = act_quant.act_quant if runs else reference.act_quant
-    padded = int4_matmul.rows_of(tokens)
-    codes, scale = quantize(*args, eps=eps, rows=padded)
-  else:
-    codes = rows(x if norm is None else norm(x)).astype(x.dtype)
-  args = codes, w, scale
+  tokens = x.size // x.shape[-1]
   options: dict[str, Any] = {
     "operand": None if residual is None else rows(residual),
     "epilogue": "linear" if residual is None else "add",
     "out_dtype": out_dtype,
     "tokens": tokens,
   }
+  gain = {} if norm is None else {"norm_weight": norm.weight, "eps": norm.eps}
+  if _quantises(rows(x), w, implementation, **gain, **options):
+    tuning = tunings.choose(tokens, w, quantises=True)
+    y = int4_matmul.int4_matmul(rows(x), w, **gain, **options, tuning=tuning)
+    return y.reshape(*x.shape[:-1], -1)
+  scale = None
+  if w.activation == "e4m3":
+    norm_weight = gain.get("norm_weight")
+    runs = _runs(act_quant, implementation, rows(x), norm_weight)
+    quantize = act_quant.act_quant if runs else reference.act_quant
+    padded = int4_matmul.rows_of(tokens)
+    codes, scale = quantize(rows(x), **gain, rows=padded)
+  else:
+    codes = rows(x if norm is None else norm(x)).astype(x.dtype)
+  args = codes, w, scale
   if _runs(int4_matmul, implementation, *args, **options):
     tuning = tunings.choose(tokens, w)
     y = int4_matmul.int4_matmul(*args, **options, tuning=tuning)
   else:
     y = reference.int4_matmul(*args, **options)
   return y.reshape(*x.shape[:-1], -1)
+
+
+def _quantises(x, w, implementation, **options):
+  """Whether the matmul rounds its activations itself, which spares a kernel."""
+  return (
+    w.activation == "e4m3"
+    and x.shape[0] <= QUANTISING_TOKENS
+    and implementation != "xla"
+    and _runs(int4_matmul, "auto", x, w, **options)
+  )
 
 
 def _runs(kernel: ModuleType, implementation, *args, **options):

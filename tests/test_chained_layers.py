@@ -57,7 +57,7 @@ def cache_of(params, batch):
   return forward(params, tokens, cache, config=CONFIG, implementation="xla")[1]
 
 
-@pytest.mark.parametrize("shape", [(3, 1), (1, 4)])
+@pytest.mark.parametrize("shape", [(3, 1), (1, 2)])
 def test_chained_layers_agree_with_layers_one_by_one(params, chained, shape):
   cache = cache_of(params, shape[0])
   tokens = jnp.arange(np.prod(shape), dtype=jnp.int32).reshape(shape) + 7

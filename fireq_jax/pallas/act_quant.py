@@ -18,6 +18,7 @@ sooner, and several CTAs fit on a multiprocessor, so that memory never rests.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fireq_jax.pallas.inline import divide, load, store, sync_threads
+from fireq_jax.pallas.inline import divide, load, store, sync_threads, widen
 
 _F8 = jnp.float8_e4m3fn
 _LANES = 32
@@ -89,7 +90,7 @@ def act_quant(
   warpgroups = _warpgroups(channels)
   warps = _WARPS * warpgroups
   shape = warps, channels // warps
-  parts = _parts(shape[1])
+  parts = row_parts(shape[1])
   inputs = [x.reshape(tokens, *shape)]
   if norm_weight is not None:
     inputs.append(norm_weight.reshape(shape))
@@ -108,21 +109,11 @@ def act_quant(
         for part, layout in parts
       ]
       # Nothing that waits for other threads stands between the loads.
-      y = [value.astype(jnp.float32) for value in y]
-      if weight_gmem:
-        store(sums.at[mine], sum(jnp.sum(v * v, axis=1) for v in y))
-        y = [v * gain.astype(jnp.float32) for v, gain in zip(y, weight)]
-      peak = [jnp.max(jnp.abs(value), axis=1) for value in y]
-      store(peaks.at[mine], functools.reduce(jnp.maximum, peak))
+      y = reduce_row(y, weight, parts, sums.at[mine], peaks.at[mine])
       sync_threads(warpgroups)
-      scale = jnp.max(load(peaks, _everywhere(warps))) * (1 / 448)
-      scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
-      for (part, layout), value in zip(parts, y):
-        codes = divide(value, scale, layout).astype(_F8)
-        store(codes_gmem.at[token, mine, part], codes)
-      if weight_gmem:
-        mean = jnp.sum(load(sums, _everywhere(warps))) / channels
-        scale *= lax.rsqrt(mean + eps)
+      codes, scale = round_row(y, parts, sums, peaks, eps if weight else None)
+      for (part, _), values in zip(parts, codes):
+        store(codes_gmem.at[token, mine, part], values)
 
       @pl.when(warpgroup == 0)
       def _():
@@ -166,6 +157,59 @@ def act_quant(
   return codes.reshape(rows, channels), scale
 
 
+def reduce_row(
+  y: list, weight: list, parts: list, sums: Any, peaks: Any
+) -> list:
+  """First half of a row's way to codes, in each warp.
+
+  Args:
+    y: slices of the row.
+    weight: the same of a norm's gain, or none.
+    parts: of `row_parts`.
+    sums: f32, one for each warp, which it sets to its sum of squares.
+    peaks: the same, for the largest magnitude after the gain.
+
+  Returns:
+    f32 slices, after the gain.
+  """
+  widened = lambda x: [widen(v, layout) for (_, layout), v in zip(parts, x)]
+  y = widened(y)
+  if weight:
+    store(sums, sum(jnp.sum(v * v, axis=1) for v in y))
+    y = [v * gain for v, gain in zip(y, widened(weight))]
+  peak = [jnp.max(jnp.abs(value), axis=1) for value in y]
+  store(peaks, functools.reduce(jnp.maximum, peak))
+  return y
+
+
+def round_row(
+  y: list, parts: list, sums: Any, peaks: Any, eps: float | None
+) -> tuple[list, jax.Array]:
+  """Second half, once sums and peaks of all warps of the row are there.
+
+  Args:
+    y: of `reduce_row`.
+    parts: of `row_parts`.
+    sums, peaks: of `reduce_row`, of all warps.
+    eps: of the norm, or None.
+
+  Returns:
+    e4m3 slices and the scale.
+  """
+  everywhere = _everywhere(peaks.shape[0])
+  scale = jnp.max(load(peaks, everywhere)) * (1 / 448)
+  scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
+  codes = [
+    divide(value, scale, layout).astype(_F8)
+    for (_, layout), value in zip(parts, y)
+  ]
+  if eps is not None:
+    channels = peaks.shape[0] * sum(part.size for part, _ in parts)
+    mean = jnp.sum(load(sums, everywhere)) / channels
+    scale *= lax.rsqrt(mean + eps)
+  return codes, scale
+
+
 def _float(x):
   return x.dtype in (jnp.bfloat16, jnp.float32)
 
@@ -179,7 +223,7 @@ def _warpgroups(channels):
   return 0
 
 
-def _parts(width):
+def row_parts(width: int) -> list:
   """Slices of a warp's share of a row, and how its lanes hold them."""
   start, parts = 0, []
   for vector in _VECTORS:

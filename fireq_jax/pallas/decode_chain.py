@@ -51,7 +51,7 @@ from fireq_jax.pallas.layouts import BLOCK, Encoding, PackedInt4
 Stage = tuple[PackedInt4, jax.Array | None]
 
 MAX_TOKENS = 8
-FASTER = 4  # most tokens for which this is faster than a kernel a matmul
+FASTER = 3  # most tokens for which this is faster than a kernel a matmul
 _ROWS = 16  # of a tile
 _CONSUMERS = 4
 _STEP = 4 * _CONSUMERS  # blocks of a slot of the ring: 4 for each consumer

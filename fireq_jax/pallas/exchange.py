@@ -50,10 +50,17 @@ def expect(barrier: Any, size: int) -> None:
   plgpu.inline_mgpu(arg_types=(_REF,))(emit)(barrier)
 
 
-def arrive() -> None:
-  """Once in every thread of the cluster."""
+def arrive(*, after_reads: bool = False) -> None:
+  """Once in every thread of the cluster.
+
+  Args:
+    after_reads: what the thread has read of its CTA's memory may be overwritten
+      by those who `join`.
+  """
 
   def emit(_):
+    if after_reads:
+      fixed_assembly("fence.acq_rel.cta;")
     fixed_assembly("barrier.cluster.arrive.relaxed;")
 
   plgpu.inline_mgpu()(emit)()
@@ -117,16 +124,16 @@ def keep(values: jax.Array, target: Any) -> None:
   )
 
 
-def wait(barrier: Any) -> None:
-  """Waits for what `expect` says."""
+def wait(barrier: Any, scope: str = "cluster") -> None:
+  """Waits for what `expect` says, from the "cluster" or just the "cta"."""
 
   def emit(_, barrier):
-    text = """{
+    text = f"""{{
     .reg .pred p;
     WAIT:
-    mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$0], 0;
+    mbarrier.try_wait.parity.acquire.{scope}.shared::cta.b64 p, [$0], 0;
     @!p bra WAIT;
-    }"""
+    }}"""
     fixed_assembly(text, [shared_address(barrier)], "r")
 
   plgpu.inline_mgpu(arg_types=(_REF,))(emit)(barrier)

@@ -65,23 +65,24 @@ def sync_threads(warpgroups: int) -> None:
 def divide(x: Any, y: Any, layout: Any) -> Any:
   """f32 x / y, y a scalar and neither too close to the smallest f32.
 
-  Rounded to nearest like a division, for two instructions more than a product.
+  Rounded to nearest like a division, for one instruction more than a product.
   """
 
   def emit(x, y):
     [y] = y.registers.flat
     one = arith.constant(y.type, 1.0)
+    rest = lambda inverse: mlir_math.fma(arith.negf(inverse), y, one)
     inverse = arith.divf(one, y)  # may be an approximation
-    rest = mlir_math.fma(arith.negf(inverse), y, one)
-    inverse = mlir_math.fma(rest, inverse, inverse)
+    inverse = mlir_math.fma(rest(inverse), inverse, inverse)
+    beyond = arith.mulf(rest(inverse), inverse)  # bits that do not fit
     out = np.empty_like(x.registers)
     for index, register in np.ndenumerate(x.registers):
-      quotients = []
-      for value in elements(register):
-        quotient = arith.mulf(value, inverse)
-        rest = mlir_math.fma(arith.negf(quotient), y, value)
-        quotients.append(mlir_math.fma(rest, inverse, quotient))
-      out[index] = vector(quotients)
+      out[index] = vector(
+        [
+          mlir_math.fma(value, inverse, arith.mulf(value, beyond))
+          for value in elements(register)
+        ]
+      )
     return array(out, x.layout)
 
   return inline(
@@ -90,6 +91,40 @@ def divide(x: Any, y: Any, layout: Any) -> Any:
     arg_types=(layout, plgpu.Layout.WG_SPLAT(())),
     return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout),
   )(x, y)
+
+
+def widen(x: Any, layout: Any) -> Any:
+  """f32 of f32 or bf16, for an instruction each where those lie in pairs."""
+  if x.dtype == jnp.float32:
+    return x
+
+  def emit(x):
+    f32 = ir.F32Type.get()
+    out = np.empty_like(x.registers)
+    for index, register in np.ndenumerate(x.registers):
+      pairs, odd = divmod(ir.VectorType(register.type).shape[0], 2)
+      if odd:
+        wide = ir.VectorType.get((2 * pairs + 1,), f32)
+        out[index] = arith.extf(wide, register)
+        continue
+      words = mgpu.utils.bitcast(register, ir.VectorType.get((pairs,), i32()))
+      bits = [
+        half
+        for word in elements(words)
+        for half in (
+          arith.shli(word, constant(16)),
+          arith.andi(word, constant(-(2**16))),
+        )
+      ]
+      out[index] = vector([arith.bitcast(f32, half) for half in bits])
+    return array(out, x.layout)
+
+  return inline(
+    emit,
+    lambda x: x.astype(jnp.float32),
+    arg_types=(layout,),
+    return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout),
+  )(x)
 
 
 def load(ref: Any, layout: Any, *, optimized: bool = False) -> Any:

@@ -2,6 +2,8 @@
 
   y[t, n] = act(x_scale[t] * row_scale[n] * sum_c x[t, c] * w[n, c] + bias[n])
 
+where x and x_scale may be what `act_quant` makes of bf16 activations.
+
 The product is computed transposed: weights are the wgmma A operand, which may
 come from registers, so INT4 codes go from shared memory to registers, become
 e4m3 there (`dequant`), and meet x, the B operand, in shared memory. Tokens are
@@ -31,6 +33,10 @@ nothing: two blocks lie below each other in the 64 rows, each is multiplied by
 the x of both, and of the two sums every row keeps its own block's. The halves
 meet in shared memory at the end of a tile.
 
+Few tokens in bf16, for weights that take e4m3, are quantised by the consumers
+while the first weights are on their way (`quantised_operand`). Their codes stay
+in shared memory, so that the ring carries weights alone.
+
 Many tokens. The tiles of a last wave that few CTAs have may be cut along the
 tokens, for the others to have parts of them.
 
@@ -48,9 +54,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from fireq_jax.config import check
+from fireq_jax.pallas import quantised_operand
 from fireq_jax.pallas.int4_matmul_kernel import Kernel
-from fireq_jax.pallas.int4_matmul_plan import REGISTERS
+from fireq_jax.pallas.int4_matmul_plan import REGISTERS, rows_of
 from fireq_jax.pallas.layouts import BLOCK, ROWS, PackedInt4
+from fireq_jax.pallas.quantised_operand import WARPS
 
 Epilogue = Literal["linear", "add", "mul", "silu"]
 
@@ -69,6 +77,8 @@ class Tuning:
     blocks: blocks of 128 along C in a step.
     interleave: sets of consumers that take turns at the steps; at most four
       consumers in all.
+    cluster: CTAs that quantise activations for each other, a power of two,
+      where the kernel quantises and has a multiple of so many tiles.
     split: 2 if two CTAs share a tile, as a cluster: not of gated weights, of
       64 rows or more, interleaved twice at most. `ctas` is without effect.
     cut: parts of a tile, along the tokens, of the last wave, if there are
@@ -85,6 +95,7 @@ class Tuning:
   rows: int = 128
   blocks: int = 1
   interleave: int = 1
+  cluster: int = 1
   split: int = 1
   cut: int = 1
   ctas: int = 132
@@ -112,6 +123,11 @@ class Tuning:
       got=(self.rows, self.interleave),
     )
     check(
+      self.cluster in (1, 2, 4, 8),
+      "1, 2, 4 or 8 CTAs quantise for each other",
+      got=self.cluster,
+    )
+    check(
       self.row_groups * self.interleave in REGISTERS,
       "there are 1 to 4 consumers",
       got=self.row_groups * self.interleave,
@@ -127,6 +143,8 @@ def supported(
   w: PackedInt4,
   x_scale: jax.Array | None = None,
   *,
+  norm_weight: jax.Array | None = None,
+  eps: float = 0.0,
   bias: jax.Array | None = None,
   operand: jax.Array | None = None,
   epilogue: Epilogue = "linear",
@@ -140,12 +158,21 @@ def supported(
   """
   n, c = w.shape
   e4m3_scale = w.scale.dtype == jnp.float8_e4m3fn
+  quantises = w.activation == "e4m3" and x.dtype == jnp.bfloat16
   for ok, reason in (
     (x.ndim == 2 and x.shape[0] > 0, f"x of shape {x.shape}"),
-    (x.dtype == w.activation_dtype, f"x of {x.dtype} with this weight"),
     (
-      (x_scale is None) == (w.activation == "bf16"),
+      quantises or x.dtype == w.activation_dtype,
+      f"x of {x.dtype} with this weight",
+    ),
+    (
+      (x_scale is None) == (x.dtype != jnp.float8_e4m3fn),
       "x_scale must come with e4m3 activations, and only with them",
+    ),
+    (quantises or norm_weight is None, "a norm of activations as they are"),
+    (
+      not quantises or (w.group == BLOCK and quantised_operand.fits(*x.shape)),
+      f"quantisation of x of shape {x.shape} in groups of {w.group}",
     ),
     (
       n // (2 if w.gated else 1) % ROWS == 0 and c % ROWS == 0,
@@ -181,13 +208,15 @@ def supported(
 
 
 @functools.partial(
-  jax.jit, static_argnames=("epilogue", "out_dtype", "tokens", "tuning")
+  jax.jit, static_argnames=("eps", "epilogue", "out_dtype", "tokens", "tuning")
 )
 def int4_matmul(
   x: jax.Array,
   w: PackedInt4,
   x_scale: jax.Array | None = None,
   *,
+  norm_weight: jax.Array | None = None,
+  eps: float = 0.0,
   bias: jax.Array | None = None,
   operand: jax.Array | None = None,
   epilogue: Epilogue = "linear",
@@ -200,8 +229,11 @@ def int4_matmul(
   Args:
     x: [T, C] e4m3, or bf16 for weights packed for bf16. It may come with
       `rows_of(T)` rows, if `tokens` says so, and is padded to them otherwise.
+      Or a few tokens in bf16 for other weights: they are rounded to e4m3.
     w: [N, C] weights of `layouts.pack_int4_weights`.
     x_scale: f32 [T] or longer, with e4m3 activations.
+    norm_weight: bf16 or f32 [C], gain of an RMSNorm of what is rounded here.
+    eps: of that norm; static.
     bias: [N], added before the activation.
     operand: [T, N], added (epilogue "add") or multiplied ("mul") at the end.
     epilogue: "silu" applies SiLU. Gated weights always give silu(gate) * up.
@@ -220,6 +252,7 @@ def int4_matmul(
     x,
     w,
     x_scale,
+    norm_weight=norm_weight,
     bias=bias,
     operand=operand,
     epilogue=epilogue,
@@ -235,9 +268,20 @@ def int4_matmul(
   )
   tokens = tokens or x.shape[0]
   rows = rows_of(tokens)
+  quantises = x.dtype != w.activation_dtype
   if rows <= 8 and not w.gated:
     tuning = dataclasses.replace(tuning, tile_t=8, split=1, cut=1)
-  x = _padded(x, rows, pl.cdiv(c, BLOCK) * BLOCK if c > BLOCK else c)
+  if quantises:
+    check(
+      tokens <= tuning.tile_t and tuning.split == tuning.cut == 1,
+      "tokens to be quantised need one tile",
+      got=f"{tokens} tokens, {tuning}",
+    )
+    x = x[:tokens].reshape(tokens, WARPS, -1)
+    if norm_weight is not None:
+      norm_weight = norm_weight.reshape(WARPS, -1)
+  else:
+    x = _padded(x, rows, pl.cdiv(c, BLOCK) * BLOCK if c > BLOCK else c)
   operand = None if operand is None else _padded(operand, rows, n)
   inputs = dict(
     x=x,
@@ -245,23 +289,19 @@ def int4_matmul(
     scale=w.scale,
     row_scale=w.row_scale,
     x_scale=x_scale,
+    norm_weight=norm_weight,
     bias=bias,
     operand=operand,
   )
   inputs = {name: value for name, value in inputs.items() if value is not None}
-  kernel = Kernel(inputs, w, epilogue, out_dtype, tuning)
+  kernel = Kernel(inputs, w, epilogue, out_dtype, eps, tuning)
   while kernel.shared_bytes() > _SHARED_BYTES and tuning.stages > 1:
     fewer = tuning.stages - tuning.interleave
     tuning = dataclasses.replace(tuning, stages=fewer)
-    kernel = Kernel(inputs, w, epilogue, out_dtype, tuning)
+    kernel = Kernel(inputs, w, epilogue, out_dtype, eps, tuning)
   if operand is not None:
     inputs["operand"] = operand.astype(out_dtype).reshape(kernel.out.shape)
   return kernel().reshape(rows, -1)[:tokens]
-
-
-def rows_of(tokens: int) -> int:
-  """Rows the kernel runs on: TMA copies 8 at once, or fewer if those are all."""
-  return tokens if tokens <= 8 else pl.cdiv(tokens, 8) * 8
 
 
 def _padded(x, rows, columns):

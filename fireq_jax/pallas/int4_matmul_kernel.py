@@ -26,9 +26,9 @@ class Kernel(Sums):
     return plgpu.kernel(
       self.body,
       out_type=self.out,
-      grid=(self.ctas,),
+      grid=(self.clusters,),
       grid_names=("cta",),
-      cluster=(self.tuning.split,),
+      cluster=(self.cluster,),
       cluster_names=("part",),
       num_threads=self.consumers + 1,
       thread_name="warpgroup",
@@ -45,6 +45,11 @@ class Kernel(Sums):
     names = [*self.inputs, "out"]
     self.gmem, self.smem = dict(zip(names, refs, strict=True)), smem
     self.cta = lax.axis_index("cta")
+    warpgroup = lax.axis_index("warpgroup")
+    if self.quantised:
+      rank = lax.axis_index("part")
+      self.cta = self.cta * self.cluster + rank
+      self.quantised.start(self.gmem["x"], warpgroup, rank, smem["quantised"])
     self.my_tiles = pl.cdiv(self.tiles - self.cta, self.ctas)
     if self.cut > 1:
       self.my_tiles = self.tiles // self.ctas
@@ -55,8 +60,6 @@ class Kernel(Sums):
       begin = lambda part: lax.div(part * self.steps, self.tuning.split)
       self.first_step = begin(self.part)
       self.my_steps = begin(self.part + 1) - self.first_step
-    warpgroup = lax.axis_index("warpgroup")
-    if self.tuning.split > 1:
       self.expect_shares(warpgroup)
     for_consumer, for_producer = REGISTERS[self.consumers]
 
@@ -68,6 +71,14 @@ class Kernel(Sums):
     @pl.when(warpgroup < self.consumers)
     def _():
       plgpu.set_max_registers(for_consumer, action="increase")
+      if self.quantised:
+        self.quantised.quantise(
+          self.gmem["x"],
+          self.gmem.get("norm_weight"),
+          warpgroup,
+          rank,
+          smem["quantised"],
+        )
       group = lax.rem(warpgroup, self.tuning.row_groups)
       turn = lax.div(warpgroup, self.tuning.row_groups)
       self.consume(group, turn)
@@ -116,6 +127,11 @@ class Kernel(Sums):
           source, to, smem["full"].at[slot]
         )
 
+        if self.quantised:
+          # Weights on their way would be before them.
+          wait = lambda: self.quantised.wait_fetched(smem["quantised"])
+          pl.when(before + i == 1)(wait)
+
         @pl.when(before + i >= stages)
         def _():
           plgpu.barrier_wait(smem["empty"].at[slot])
@@ -141,11 +157,13 @@ class Kernel(Sums):
             ],
             smem["scale"].at[slot, half],
           )
-        columns = pl.ds(k * blocks * BLOCK, blocks * BLOCK)
-        copy(
-          gmem["x"].at[pl.ds(token, self.width), columns],
-          smem["x"].at[slot, pl.ds(0, self.width)],
-        )
+
+        if not self.quantised:
+          columns = pl.ds(k * blocks * BLOCK, blocks * BLOCK)
+          copy(
+            gmem["x"].at[pl.ds(token, self.width), columns],
+            smem["x"].at[slot, pl.ds(0, self.width)],
+          )
 
       @plgpu.warp_map
       def _(warp):
@@ -288,8 +306,12 @@ class Kernel(Sums):
       ]
       value = sum(parts, value if self.fold == 1 else jnp.float32(0))
       value *= across_tokens(by_row["row_scale"], value)
-      if "x_scale" in smem:
+      x_scale = None
+      if self.quantised:
+        x_scale = load(smem["quantised"]["x_scale"].at[tokens], _BY_TOKEN)
+      elif "x_scale" in smem:
         x_scale = load(smem["x_scale"].at[group, tokens], _BY_TOKEN)
+      if x_scale is not None:
         value *= lax.broadcast_in_dim(x_scale, value.shape, [1])
       if "bias" in smem:
         value += across_tokens(by_row["bias"].astype(jnp.float32), value)

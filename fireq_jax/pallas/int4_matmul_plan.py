@@ -9,6 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fireq_jax.pallas.inline import swizzled
 from fireq_jax.pallas.layouts import BLOCK, ROWS
+from fireq_jax.pallas.quantised_operand import QuantisedOperand
 
 _SCALE_ROWS = 2 * ROWS  # copied together, for the sake of alignment
 _TMA_ALIGNMENT = 128
@@ -18,19 +19,25 @@ FOLDED = ROWS // 2
 REGISTERS = {1: (232, 40), 2: (232, 40), 3: (160, 32), 4: (112, 32)}
 
 
+def rows_of(tokens: int) -> int:
+  """Rows the kernel runs on: TMA copies 8 at once, or fewer if those are all."""
+  return tokens if tokens <= 8 else pl.cdiv(tokens, 8) * 8
+
+
 class Plan:
   """What a kernel is made of; `__init__` names the parts.
 
   Args:
     inputs: its arguments by name, in order.
     w: the weight.
-    epilogue, out_dtype, tuning: see `int4_matmul`.
+    epilogue, out_dtype, eps, tuning: see `int4_matmul`.
   """
 
-  def __init__(self, inputs, w, epilogue, out_dtype, tuning):
+  def __init__(self, inputs, w, epilogue, out_dtype, eps, tuning):
     self.inputs, self.w, self.epilogue = inputs, w, epilogue
     self.tuning = tuning
-    (t, c), n = inputs["x"].shape, w.shape[0]
+    n, c = w.shape
+    t = rows_of(inputs["x"].shape[0])
     self.halves = 2 if w.gated else 1
     self.n_out = n // self.halves
     self.groups = tuning.blocks * max(1, BLOCK // w.group)  # of a step
@@ -62,6 +69,20 @@ class Plan:
     scaled = w.scale.dtype == jnp.float8_e4m3fn
     enough = tuning.stages >= 2 * tuning.interleave
     self.ahead = tuning.ahead and scaled and enough
+    self.cluster, self.quantised = tuning.split, None
+    if inputs["x"].dtype != w.activation_dtype:
+      # All CTAs of a cluster must have work.
+      self.cluster = tuning.cluster if self.tiles % tuning.cluster == 0 else 1
+      self.ctas = self.ctas // self.cluster * self.cluster
+      self.quantised = QuantisedOperand(
+        inputs["x"].shape[0],
+        c,
+        eps if "norm_weight" in inputs else None,
+        tile_t=tuning.tile_t,
+        consumers=self.consumers,
+        cluster=self.cluster,
+      )
+    self.clusters = self.ctas if tuning.split > 1 else self.ctas // self.cluster
     self.last = self.tiles % self.ctas
     self.cut = tuning.cut if 0 < self.last * tuning.cut <= self.ctas else 1
     self.width = tuning.tile_t  # of the tiles that are being emitted
@@ -99,7 +120,8 @@ class Plan:
         BLOCK if self.w.scale.dtype == jnp.float8_e4m3fn else self.w.group,
       ),
       full=plgpu.Barrier(
-        num_arrivals=1 + self.halves * (self.code_copies + 1),
+        num_arrivals=self.halves * (self.code_copies + 1)
+        + (self.quantised is None),
         num_barriers=stages,
       ),
       empty=plgpu.Barrier(num_arrivals=row_groups, num_barriers=stages),
@@ -113,6 +135,9 @@ class Plan:
         num_arrivals=len(self.vectors), num_barriers=row_groups
       ),
     )
+    if self.quantised:
+      del scratch["x"]
+      scratch["quantised"] = self.quantised.scratch()
     for name in self.vectors:
       dtype = inputs[name].dtype
       unit = _TMA_ALIGNMENT // dtype.itemsize
@@ -149,7 +174,7 @@ class Plan:
   def shared_bytes(self):
     """Shared memory in use: every array starts at a multiple of 1024."""
     total = 4096  # barriers, and what the compiler reserves for reductions
-    for ref in self.scratch().values():
+    for ref in jax.tree.leaves(self.scratch()):
       if not isinstance(ref, plgpu.Barrier):
         size = math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize
         total += pl.cdiv(size, 1024) * 1024

@@ -61,12 +61,20 @@ class Sums(Plan):
         for i in range(count)
       ]
 
-    def multiply(accs, weights, slot, pair, start=0):
+    def operand(slot, step, block, columns):
+      """x at a block of a step, [tokens, columns]."""
+      if self.quantised:
+        block += (first + step * interleave) * blocks
+        return smem["quantised"]["x"].at[block, tokens, columns]
+      columns = pl.ds(block * BLOCK + columns.start, columns.size)
+      return smem["x"].at[slot, tokens, columns]
+
+    def multiply(accs, weights, slot, step, pair, start=0):
       """Of a pair of blocks, each accumulator is right in its block's rows."""
+      columns = pl.ds(start, weights.shape[1])
       for i, acc in enumerate(accs):
-        columns = (self.fold * pair + i) * BLOCK + start
-        columns = pl.ds(columns, weights.shape[1])
-        plgpu.wgmma(acc, weights, smem["x"].at[slot, tokens, columns].T)
+        x = operand(slot, step, self.fold * pair + i, columns)
+        plgpu.wgmma(acc, weights, x.T)
 
     def result(accs):
       if self.fold == 1:
@@ -93,7 +101,7 @@ class Sums(Plan):
             # In a branch, lest the compiler move the conversion behind it.
             pl.when(i > 0)(lambda: finish(i - 1))
           weights = dequant.join(words, picked, w.encoding)
-          multiply(accs, weights, slot, pair)
+          multiply(accs, weights, slot, i, pair)
         if not self.ahead:
           finish(i)
 
@@ -117,7 +125,7 @@ class Sums(Plan):
             group = lax.slice(weights, (0, start), (ROWS, end))
 
           def product(*accs, group=group, pair=pair, start=start):
-            multiply(accs, group, slot, pair, start)
+            multiply(accs, group, slot, i, pair, start)
             return result(accs)
 
           part = pl.run_scoped(product, *acc_types)

@@ -31,6 +31,8 @@ def int4_matmul(
   w: PackedInt4,
   x_scale: jax.Array | None = None,
   *,
+  norm_weight: jax.Array | None = None,
+  eps: float = 0.0,
   bias: jax.Array | None = None,
   operand: jax.Array | None = None,
   epilogue: str = "linear",
@@ -38,6 +40,8 @@ def int4_matmul(
   tokens: int | None = None,
 ) -> jax.Array:
   """See `int4_matmul.int4_matmul`."""
+  if x.dtype != w.activation_dtype:
+    x, x_scale = act_quant(x, norm_weight, eps=eps)
   n, c = w.shape
   codes = unpack_codes(w).reshape(n, -1, w.group)
   weights = code_values(codes, w.scale.T[..., None])

@@ -14,6 +14,7 @@ from fireq_jax.pallas.layouts import BLOCK, ROWS, PackedInt4
 
 Mode = Literal["e4m3", "exact", "bf16"]
 _CUT_FROM = 256  # tokens of a tile: others gain nothing by being cut
+_SLOW_ROWS = 48  # of a tile where the kernel quantises: 64 are faster then
 _CUT_NS = 1500  # that the code for the parts takes longer
 
 
@@ -34,8 +35,8 @@ def table() -> list[tuple[Tuning, dict[Mode, float]]]:
   ]
 
 
-def choose(t: int, w: PackedInt4) -> Tuning:
-  """The fastest tuning for `t` tokens.
+def choose(t: int, w: PackedInt4, *, quantises: bool = False) -> Tuning:
+  """The fastest tuning for `t` tokens, which the kernel quantises or not.
 
   A kernel takes as long as the CTA with the most tiles, so this weighs waves
   against the cost of a tile, and that against the cost of sharing it. Shared
@@ -63,6 +64,7 @@ def choose(t: int, w: PackedInt4) -> Tuning:
       or (w.gated and (tuning.row_groups % 2 or tile_t < 16))
       or (split > 1 and (w.gated or tiles * split > ctas))
       or (cut > 1 and not (waves and 0 < last * cut <= ctas))
+      or (quantises and (t > tile_t or split * cut > 1 or rows == _SLOW_ROWS))
     ):
       return math.inf, tile_t
     if split > 1:
@@ -79,4 +81,18 @@ def choose(t: int, w: PackedInt4) -> Tuning:
     for cut in (2, 4)
     if tuning.split == 1 and tuning.tile_t >= _CUT_FROM
   ]
-  return min(entries + cut, key=cost)[0]
+  best = min(entries + cut, key=cost)[0]
+  return _quantising(best, blocks) if quantises else best
+
+
+def _quantising(tuning, blocks):
+  """The same with four consumers to quantise, if that can be.
+
+  The ring has smaller steps beside the activations, as many as memory holds.
+  """
+  step = min(tuning.blocks, 2 if tuning.row_groups == 4 else 4)
+  sets = max(1, 4 // tuning.row_groups)
+  stages = min(32 // sets, math.ceil(blocks / step / sets)) * sets
+  return dataclasses.replace(
+    tuning, blocks=step, stages=stages, interleave=sets, cluster=2
+  )

@@ -31,6 +31,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import (
   InterpretGPUParams,
   force_gpu_interpret_mode,
 )
+from jax._src.state import indexing
 
 VERSION = "0.11.2"
 
@@ -194,8 +195,36 @@ def _inline(interpreter, eqn, token, values):
   if emit.kind == "pick":
     whole = dequantize(values[0], values[1:], emit.encoding)
     return token, [whole] * len(eqn.outvars)
+  if emit.kind == "put_row":
+    return _put_row(interpreter, eqn, token, *values), []
   assert emit.kind == "biased"
   return token, [dequantize(values[0], [], emit.encoding)]
+
+
+def _put_row(interpreter, eqn, token, codes, scale, row, _, *targets):
+  """A row of codes and its scale, into an operand and a vector of scales."""
+  blocks, tiles, _, rows, columns = eqn.invars[4].aval.shape
+  for target, shape, index, value in (
+    (
+      targets[0],
+      (blocks, tiles * rows, columns),
+      (slice(None), row, slice(None)),
+      codes.reshape(blocks, columns),
+    ),
+    (targets[1], (tiles * rows,), (row,), scale),
+  ):
+    token, _ = gpu_callbacks.call_swap(
+      token=token,
+      result_shape_and_dtype=jax.ShapeDtypeStruct(value.shape, value.dtype),
+      mesh_location=interpreter.mesh_location,
+      thread=interpreter.thread,
+      allocation_key_as_array=target,
+      transforms=(indexing.NDIndexer.from_indices_shape(index, shape),),
+      val=value,
+      mask=None,
+      source_info=eqn.source_info,
+    )
+  return token
 
 
 def _accumulator_store(interpreter, eqn, token, values):

@@ -87,6 +87,10 @@ def _fma(a, b, c):
 
 _OPS = {
   "mov.b32": lambda a: a,
+  "mov.u32": lambda a: a,
+  "bfe.u32": lambda a, start, bits: (a >> start) & ((1 << bits) - 1),
+  "mad.lo.u32": lambda a, b, c: a * b + c,
+  "xor.b32": lambda a, b: a ^ b,
   "and.b32": lambda a, b: a & b,
   "shl.b32": lambda a, b: a << b,
   "shr.u32": lambda a, b: a >> b,

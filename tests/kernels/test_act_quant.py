@@ -148,8 +148,10 @@ def test_compiles_without_spills(tmp_path, monkeypatch):
 
 
 @needs_ptxas
-@pytest.mark.parametrize("tokens", [1, 8, 16, 1000])
-def test_a_projection_is_two_kernels(tokens, monkeypatch):
+@pytest.mark.parametrize(
+  "tokens, kernels", [(1, 1), (16, 1), (24, 2), (1000, 2)]
+)
+def test_a_projection_is_one_kernel_or_two(tokens, kernels, monkeypatch):
   import deviceless
 
   monkeypatch.setattr("fireq_jax.linear.require_hopper", lambda: None)
@@ -174,7 +176,7 @@ def test_a_projection_is_two_kernels(tokens, monkeypatch):
   )
   program = deviceless.compile_for_hopper(project, args)
   started = deviceless.kernels(program)
-  assert len(started) == 2, started
+  assert len(started) == kernels, started
   assert all("mosaic_gpu" in line for line in started)
 
 

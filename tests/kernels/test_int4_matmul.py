@@ -121,7 +121,7 @@ def test_projections_that_do_not_fit_are_refused():
   [
     (96, 128, E4M3, "multiples of 64"),
     (128, 160, E4M3, "multiples of 64"),
-    (128, 128, BF16, "bfloat16"),
+    (128, 128, jnp.float16, "float16"),
   ],
 )
 def test_unsupported_inputs_give_a_reason(n, c, x_dtype, reason):
