@@ -62,7 +62,7 @@ def plan(items: int, blocks: int, tuning: Tuning) -> Tuning:
     tuning: what it leaves open is chosen.
   """
   # By consumers: of a block in one of them; to begin and to merge an item.
-  block_time, edges = {1: 1.5, 2: 1.9, 3: 2.65}, {1: 2.7, 2: 4, 3: 6.3}
+  block_time, edges = {1: 1.9, 2: 1.9, 3: 2.65}, {1: 2.2, 2: 4, 3: 6.3}
   alone = 0.4  # to load a block, at the very least
   stages_of = lambda consumers: tuning.stages or _STAGES[consumers]
 
