@@ -9,10 +9,14 @@ If every CTA read all tokens, this would take longer than the weights do. So the
 CTAs of a cluster share them out, and each stores the codes of its own tokens in
 the memory of all:
 
-  CTA 0, consumer 0 | load token 0 | reduce | divide | store to CTA 0 and 1 |
-         consumer 1 | load token 1 | ...
-  CTA 1, consumer 0 | load token 2 | reduce | divide | store to CTA 0 and 1 |
-         consumer 1 | load token 3 | ...
+  CTA 0, consumer 0 | copy token 0 | reduce | divide | store to CTA 0 and 1 |
+         consumer 1 | copy token 1 | ...
+         producer   | first weights | wait for tokens | more weights ...
+  CTA 1, consumer 0 | copy token 2 | reduce | divide | store to CTA 0 and 1 |
+         consumer 1 | copy token 3 | ...
+
+Tokens come to shared memory by bulk copies, ahead of the weights, behind which
+they would arrive last.
 """
 
 import numpy as np

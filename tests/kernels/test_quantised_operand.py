@@ -96,6 +96,18 @@ def test_tokens_of_several_tiles_are_refused():
     )
 
 
+@pytest.mark.parametrize("t", [1, 8, 9, 16])
+@pytest.mark.parametrize(
+  "n, gated", [(6144, False), (2048, False), (512, True)]
+)
+def test_tunings_hold_all_tokens_in_a_tile(t, n, gated):
+  w = shapes(t, n, 2048, mode="e4m3", gated=gated)[1]
+  tuning = tunings.choose(t, w, quantises=True)
+  assert tuning.tile_t >= t
+  assert tuning.cut == tuning.split == 1
+  assert tuning.row_groups * tuning.interleave == 4
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
   importlib.util.find_spec("jax_cuda13_plugin") is None,
