@@ -134,8 +134,11 @@ def test_compiles_without_spills(tmp_path, monkeypatch):
   struct = jax.ShapeDtypeStruct
   cases = [
     (struct((tokens, channels), dtype), struct((channels,), dtype))
-    for channels, dtype in ((2816, BF16), (4096, BF16), (28672, F32))
-    for tokens in (1, 4096)
+    for tokens, channels, dtype in (
+      (1, 2816, BF16),
+      (4096, 4096, BF16),
+      (1, 28672, F32),
+    )
   ]
   reports = deviceless.compile_all(
     [
@@ -148,9 +151,7 @@ def test_compiles_without_spills(tmp_path, monkeypatch):
 
 
 @needs_ptxas
-@pytest.mark.parametrize(
-  "tokens, kernels", [(1, 1), (16, 1), (24, 2), (1000, 2)]
-)
+@pytest.mark.parametrize("tokens, kernels", [(16, 1), (24, 2)])
 def test_a_projection_is_one_kernel_or_two(tokens, kernels, monkeypatch):
   import deviceless
 
