@@ -55,7 +55,7 @@ def run(values: flags.FlagValues) -> None:
     ns = {}
     for mode in known:
       time = 1e3 * (_us(tuning, n, MODES[mode]) - CALL_US)
-      time -= tunings.exchange_ns(tuning) if shared else 0
+      time -= tunings.cluster_ns(tuning)
       ns[mode] = round(time / (tiles * WIDTH / 128 / tuning.split))
     rows.append(dataclasses.asdict(tuning) | {"ns": ns})
     print(rows[-1], file=sys.stderr)

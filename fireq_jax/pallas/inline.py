@@ -62,6 +62,16 @@ def sync_threads(warpgroups: int) -> None:
   plgpu.inline_mgpu()(emit)()
 
 
+def sync_warpgroup() -> None:
+  """Waits for the threads of a warpgroup."""
+
+  def emit(_):
+    mgpu.utils.warpgroup_barrier()
+
+  emit.interpret_model = lambda: ()  # pyrefly: ignore[missing-attribute]
+  plgpu.inline_mgpu()(emit)()
+
+
 def divide(x: Any, y: Any, layout: Any) -> Any:
   """f32 x / y, y a scalar and neither too close to the smallest f32.
 

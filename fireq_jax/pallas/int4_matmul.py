@@ -38,7 +38,8 @@ while the first weights are on their way (`quantised_operand`). Their codes stay
 in shared memory, so that the ring carries weights alone.
 
 Many tokens. The tiles of a last wave that few CTAs have may be cut along the
-tokens, for the others to have parts of them.
+tokens, for the others to have parts of them. CTAs may work in pairs that get
+the same x by `multicast`; a slot is then free when both have left it.
 
 Gate and up. Half of the consumers hold rows of the gate and the others the same
 rows of the up projection; two and two swap half of their tokens through shared
@@ -88,6 +89,8 @@ class Tuning:
     ahead: whether a consumer converts a step's first codes while the step
       before multiplies. Only with e4m3 group scales, and if the ring holds two
       steps for each set of consumers.
+    multicast: whether two CTAs, a cluster, take neighbouring row tiles of the
+      same tokens, so that x comes from the L2 cache once for both.
   """
 
   tile_t: int
@@ -101,6 +104,7 @@ class Tuning:
   ctas: int = 132
   raster: int = 16
   ahead: bool = False
+  multicast: bool = False
 
   def __post_init__(self):
     for name, low, high, multiple in (
@@ -126,6 +130,10 @@ class Tuning:
       self.cluster in (1, 2, 4, 8),
       "1, 2, 4 or 8 CTAs quantise for each other",
       got=self.cluster,
+    )
+    check(
+      not (self.multicast and self.split > 1),
+      "a cluster either shares tiles or copies x to both",
     )
     check(
       self.row_groups * self.interleave in REGISTERS,

@@ -94,6 +94,8 @@ class Kernel(Sums):
       row_tile, token_tile = plgpu.planar_snake(
         index, self.grid, 1, self.tuning.raster
       )
+      if self.neighbours > 1:
+        row_tile = self.neighbours * row_tile + lax.axis_index("part")
       body(row_tile, token_tile * tile_t + token, i * self.my_steps)
 
     def whole(i, _):
@@ -123,8 +125,8 @@ class Kernel(Sums):
       def step(i, _):
         slot = lax.rem(before + i, stages)
         k = self.first_step + i
-        copy = lambda source, to: plgpu.copy_gmem_to_smem(
-          source, to, smem["full"].at[slot]
+        copy = lambda source, to, **options: plgpu.copy_gmem_to_smem(
+          source, to, smem["full"].at[slot], **options
         )
 
         if self.quantised:
@@ -159,10 +161,14 @@ class Kernel(Sums):
           )
 
         if not self.quantised:
-          columns = pl.ds(k * blocks * BLOCK, blocks * BLOCK)
+          # Rows beyond the last token would be filled with zeros, slowly.
+          tokens = min(self.width, max(8, gmem["x"].shape[0]))
           copy(
-            gmem["x"].at[pl.ds(token, self.width), columns],
-            smem["x"].at[slot, pl.ds(0, self.width)],
+            gmem["x"].at[
+              pl.ds(token, tokens), pl.ds(k * blocks * BLOCK, blocks * BLOCK)
+            ],
+            smem["x"].at[slot, pl.ds(0, tokens)],
+            **(dict(collective_axes="part") if self.neighbours > 1 else {}),
           )
 
       @plgpu.warp_map

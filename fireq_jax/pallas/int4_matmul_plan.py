@@ -56,9 +56,13 @@ class Plan:
     self.code_rows = max(self.copied, ROWS)
     self.scale_rows = pl.cdiv(self.copied, _SCALE_ROWS) * _SCALE_ROWS
     self.code_copies = 1 if self.copied == self.code_rows else tuning.blocks
-    self.grid = pl.cdiv(n, tuning.rows), pl.cdiv(t, tuning.tile_t)
+    # Of CTAs, or of pairs of them if x is copied to two at once.
+    quantises = inputs["x"].dtype != w.activation_dtype
+    self.neighbours = 2 if tuning.multicast and not quantises else 1
+    rows = tuning.rows * self.neighbours
+    self.grid = pl.cdiv(n, rows), pl.cdiv(t, tuning.tile_t)
     self.tiles = math.prod(self.grid)
-    self.ctas = min(tuning.ctas, self.tiles)
+    self.ctas = min(tuning.ctas // self.neighbours, self.tiles)
     self.consumers = tuning.row_groups * tuning.interleave
     # Sums that reach the epilogue through shared memory: those of others, or
     # all, because folded ones lie in rows of other threads.
@@ -69,11 +73,13 @@ class Plan:
     scaled = w.scale.dtype == jnp.float8_e4m3fn
     enough = tuning.stages >= 2 * tuning.interleave
     self.ahead = tuning.ahead and scaled and enough
-    self.cluster, self.quantised = tuning.split, None
-    if inputs["x"].dtype != w.activation_dtype:
+    self.cluster, self.clusters = tuning.split * self.neighbours, self.ctas
+    self.quantised = None
+    if quantises:
       # All CTAs of a cluster must have work.
       self.cluster = tuning.cluster if self.tiles % tuning.cluster == 0 else 1
-      self.ctas = self.ctas // self.cluster * self.cluster
+      self.clusters = self.ctas // self.cluster
+      self.ctas = self.clusters * self.cluster
       self.quantised = QuantisedOperand(
         inputs["x"].shape[0],
         c,
@@ -82,7 +88,6 @@ class Plan:
         consumers=self.consumers,
         cluster=self.cluster,
       )
-    self.clusters = self.ctas if tuning.split > 1 else self.ctas // self.cluster
     self.last = self.tiles % self.ctas
     self.cut = tuning.cut if 0 < self.last * tuning.cut <= self.ctas else 1
     self.width = tuning.tile_t  # of the tiles that are being emitted
@@ -124,7 +129,7 @@ class Plan:
         + (self.quantised is None),
         num_barriers=stages,
       ),
-      empty=plgpu.Barrier(num_arrivals=row_groups, num_barriers=stages),
+      empty=self.slots_empty(),
       out=swizzled(
         (row_groups, self.buffers, self.piece, ROWS),
         self.out.dtype,
@@ -171,11 +176,19 @@ class Plan:
       scratch["swap_free"] = plgpu.Barrier(num_barriers=row_groups)
     return scratch
 
+  def slots_empty(self):
+    arrivals = dict(
+      num_arrivals=self.tuning.row_groups, num_barriers=self.tuning.stages
+    )
+    if self.neighbours == 1:
+      return plgpu.Barrier(**arrivals)
+    return plgpu.ClusterBarrier(collective_axes=("part",), **arrivals)
+
   def shared_bytes(self):
     """Shared memory in use: every array starts at a multiple of 1024."""
     total = 4096  # barriers, and what the compiler reserves for reductions
     for ref in jax.tree.leaves(self.scratch()):
-      if not isinstance(ref, plgpu.Barrier):
+      if not isinstance(ref, plgpu.Barrier | plgpu.ClusterBarrier):
         size = math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize
         total += pl.cdiv(size, 1024) * 1024
     return total

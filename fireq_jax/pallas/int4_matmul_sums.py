@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fireq_jax.pallas import dequant, exchange
-from fireq_jax.pallas.inline import load
+from fireq_jax.pallas.inline import load, sync_warpgroup
 from fireq_jax.pallas.int4_matmul_plan import FOLDED, Plan
 from fireq_jax.pallas.layouts import BLOCK, ROWS
 
@@ -85,6 +85,8 @@ class Sums(Plan):
 
     def release(i):
       slot = lax.rem(before + first + i * interleave, tuning.stages)
+      if self.neighbours > 1:
+        sync_warpgroup()  # one thread arrives at the barriers of a cluster
       plgpu.barrier_arrive(smem["empty"].at[slot])
 
     def scaled(*accs):

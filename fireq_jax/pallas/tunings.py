@@ -18,9 +18,11 @@ _SLOW_ROWS = 48  # of a tile where the kernel quantises: 64 are faster then
 _CUT_NS = 1500  # that the code for the parts takes longer
 
 
-def exchange_ns(tuning: Tuning) -> float:
-  """That a tile takes longer if it is shared."""
-  return 750 + 0.06 * tuning.rows * tuning.tile_t
+def cluster_ns(tuning: Tuning) -> float:
+  """That a call takes longer with clusters of CTAs."""
+  if tuning.split > 1:
+    return 750 + 0.06 * tuning.rows * tuning.tile_t
+  return 1700 if tuning.multicast else 0
 
 
 @functools.cache
@@ -57,23 +59,25 @@ def choose(t: int, w: PackedInt4, *, quantises: bool = False) -> Tuning:
     tuning, ns = entry
     rows, tile_t, ctas = tuning.rows, tuning.tile_t, tuning.ctas
     split, cut = tuning.split, tuning.cut
-    tiles = math.ceil(n / rows) * math.ceil(t / tile_t)
+    neighbours = 2 if tuning.multicast else 1
+    tiles = math.ceil(n / rows / neighbours) * math.ceil(t / tile_t)
+    ctas //= neighbours
     waves, last = divmod(tiles, ctas)
     if (
       (rows < ROWS and n % rows)
       or (w.gated and (tuning.row_groups % 2 or tile_t < 16))
-      or (split > 1 and (w.gated or tiles * split > ctas))
+      or (split > 1 and (w.gated or t <= 8 or tiles * split > ctas))
       or (cut > 1 and not (waves and 0 < last * cut <= ctas))
       or (quantises and (t > tile_t or split * cut > 1 or rows == _SLOW_ROWS))
     ):
       return math.inf, tile_t
     if split > 1:
-      return math.ceil(blocks / split) * ns + exchange_ns(tuning), tile_t
+      return math.ceil(blocks / split) * ns + cluster_ns(tuning), tile_t
     if cut > 1:
       ns_last = ns_of.get((rows, tile_t // cut), math.inf) + _CUT_NS / blocks
     else:
       ns_last = ns if last else 0
-    return blocks * (waves * ns + ns_last), tile_t
+    return blocks * (waves * ns + ns_last) + cluster_ns(tuning), tile_t
 
   cut = [
     (dataclasses.replace(tuning, cut=cut), ns)
@@ -94,5 +98,10 @@ def _quantising(tuning, blocks):
   sets = max(1, 4 // tuning.row_groups)
   stages = min(32 // sets, math.ceil(blocks / step / sets)) * sets
   return dataclasses.replace(
-    tuning, blocks=step, stages=stages, interleave=sets, cluster=2
+    tuning,
+    blocks=step,
+    stages=stages,
+    interleave=sets,
+    cluster=2,
+    ahead=False,
   )

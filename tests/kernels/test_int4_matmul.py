@@ -141,6 +141,7 @@ def test_unsupported_inputs_give_a_reason(n, c, x_dtype, reason):
     {"rows": 320},
     {"tile_t": 24, "split": 2},
     {"tile_t": 32, "split": 4},
+    {"tile_t": 32, "split": 2, "multicast": True},
     {"tile_t": 16, "rows": 64, "interleave": 4, "split": 2},
     {"tile_t": 16, "rows": 32, "split": 2},
     {"tile_t": 64, "cut": 2, "split": 2},
@@ -210,7 +211,8 @@ INTERPRETED = [
   (dict(n=128, c=256, t=64, epilogue="add"), dict(tile_t=128, stages=2)),
   (dict(n=128, c=128, t=96, epilogue="add"),
    dict(tile_t=96, stages=2, rows=64)),
-  (dict(n=128, c=128, t=96), dict(tile_t=96, stages=2, rows=64)),
+  (dict(n=320, c=512, t=40),
+   dict(tile_t=32, stages=3, rows=64, ctas=4, ahead=True, multicast=True)),
   (dict(n=96 * 2, c=128, t=8, out_dtype=jnp.float32),
    dict(tile_t=8, stages=2, rows=48)),
   (dict(n=512, c=256, t=16, gated=True, bias=True),
@@ -325,6 +327,7 @@ def test_tiles_are_shared_or_cut_where_that_fills_the_card():
     return tuning.split, tuning.cut
 
   assert choice(64, 4096, 14336) == (2, 1)
+  assert choice(8, 4096, 14336) == (1, 1)
   assert choice(64, 8192, 4096) == (1, 1)  # enough tiles for all
   assert choice(64, 4096, 1024) == (1, 1)  # not worth an exchange
   assert choice(64, 4096, 14336, gated=True) == (1, 1)

@@ -93,9 +93,10 @@ EPILOGUES = {
 }
 
 
-SHARED = [  # tunings of tiles that CTAs share
+CLUSTERS = [  # tunings of tiles or x that CTAs share
   Tuning(tile_t=64, rows=64, stages=6, blocks=2, interleave=2, split=2),
   Tuning(tile_t=128, rows=192, stages=4, blocks=2, split=2, ahead=True),
+  Tuning(tile_t=256, rows=128, stages=4, ahead=True, multicast=True),
 ]
 
 
@@ -110,7 +111,7 @@ def test_every_epilogue_on_the_card(options):
     for t in (1, 7, 13, 16, 63, 64, 129, 256, 1000)
   ]
   if not options.get("gated"):
-    wanted_tunings += [(t, tuning) for t in (13, 200) for tuning in SHARED]
+    wanted_tunings += [(t, tuning) for t in (13, 200) for tuning in CLUSTERS]
   cases = []
   for t, tuning in wanted_tunings:
     these = dict(given, tuning=tuning)
