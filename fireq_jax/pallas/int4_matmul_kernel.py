@@ -161,8 +161,11 @@ class Kernel(Sums):
           )
 
         if not self.quantised:
-          # Rows beyond the last token would be filled with zeros, slowly.
-          tokens = min(self.width, max(8, gmem["x"].shape[0]))
+          # Rows beyond the last token would be filled with zeros, slowly; but
+          # copies are of 8 rows, for each of the neighbours.
+          unit = 8 * self.neighbours
+          tokens = pl.cdiv(gmem["x"].shape[0], unit) * unit
+          tokens = min(self.width, tokens)
           copy(
             gmem["x"].at[
               pl.ds(token, tokens), pl.ds(k * blocks * BLOCK, blocks * BLOCK)

@@ -211,7 +211,7 @@ INTERPRETED = [
   (dict(n=128, c=256, t=64, epilogue="add"), dict(tile_t=128, stages=2)),
   (dict(n=128, c=128, t=96, epilogue="add"),
    dict(tile_t=96, stages=2, rows=64)),
-  (dict(n=320, c=512, t=40),
+  (dict(n=320, c=512, t=24),
    dict(tile_t=32, stages=3, rows=64, ctas=4, ahead=True, multicast=True)),
   (dict(n=96 * 2, c=128, t=8, out_dtype=jnp.float32),
    dict(tile_t=8, stages=2, rows=48)),
