@@ -161,6 +161,10 @@ def _kernel(
   items = batch * heads * splits
   ctas = min(tuning.ctas, items)
   merged = merged_layout(rows.heads, head_dim)
+  # Longer by what a thread loads, so that a warp's stores hit different banks.
+  o_row = head_dim + max(4, rows.heads * head_dim // 128)
+  if rows.heads == 1 and jax.__version_info__ < (0, 11):
+    o_row = head_dim  # JAX 0.10 cannot load one of longer rows
   partials = 4 * team
   stride = ctas * rings
   # Keys are multiplied in units of their own.
@@ -435,8 +439,7 @@ def _kernel(
       ks_smem=plgpu.SMEM((stages, block), k_scale.dtype),
       v_smem=plgpu.SMEM((stages, block // 32, head_dim // 32, 128), jnp.uint32),
       vs_smem=plgpu.SMEM((stages, block), v_scale.dtype),
-      # Rows of 16 bytes more, so that a warp's stores hit different banks.
-      o_smem=plgpu.SMEM((nc, 4 * ROWS, head_dim + 4), jnp.float32),
+      o_smem=plgpu.SMEM((nc, 4 * ROWS, o_row), jnp.float32),
       m_smem=plgpu.SMEM((nc, 4 * ROWS), jnp.float32),
       l_smem=plgpu.SMEM((nc, 4 * ROWS), jnp.float32),
       full=plgpu.Barrier(num_arrivals=4, num_barriers=stages),

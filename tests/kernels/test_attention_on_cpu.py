@@ -72,6 +72,9 @@ def prefill_operands(batch, length, q_heads, kv_heads, head_dim, tokens):
     ((3, 5, 4, 4, 64, 16), {}),
     ((2, 3, 6, 2, 128, 64), {"scale": E4M3}),
     ((2, 2, 32, 2, 64, 64), {}),
+    ((2, 1, 32, 2, 128, 64), {}),
+    ((1, 8, 4, 4, 128, 64), {}),
+    ((1, 1, 6, 2, 64, 64), {}),
   ],
 )
 def test_decode(sizes, how):
