@@ -245,6 +245,7 @@ def close(got, want, tolerance):
     (2, 64, [0, 140], [0, 1], E4M3, 2),
     (8, 128, [40, 200, 7], [1, 1, 1], F32, 1),
     (12, 128, [40], [2], F32, 2),
+    (16, 128, [130], [1], BF16, 2),
   ],
 )
 def test_interpreted_decode(heads, head_dim, starts, counts, scale, team):
