@@ -84,24 +84,23 @@ class Kernel(Sums):
       self.consume(group, turn)
 
   def for_each_tile(self, body):
-    """Calls body(row tile, first token, steps so far) for this CTA's tiles.
+    """Calls body(row tile, first token, steps so far, tokens) for each tile.
 
-    Those of a last wave that has been cut are less wide.
+    Those of a last wave that has been cut have fewer tokens.
     """
     tile_t, cut = self.tuning.tile_t, self.cut
 
-    def tile(index, i, token):
+    def tile(index, i, token, width):
       row_tile, token_tile = plgpu.planar_snake(
         index, self.grid, 1, self.tuning.raster
       )
       if self.neighbours > 1:
         row_tile = self.neighbours * row_tile + lax.axis_index("part")
-      body(row_tile, token_tile * tile_t + token, i * self.my_steps)
+      body(row_tile, token_tile * tile_t + token, i * self.my_steps, width)
 
     def whole(i, _):
-      tile(self.cta + i * self.ctas, i, 0)
+      tile(self.cta + i * self.ctas, i, 0, tile_t)
 
-    self.width = tile_t
     if self.tiles == self.ctas:
       whole(0, None)
       return
@@ -110,18 +109,18 @@ class Kernel(Sums):
       return
     waves = self.tiles // self.ctas
     lax.fori_loop(0, waves, whole, None)
-    self.width = tile_t // cut
 
     @pl.when(self.my_tiles > waves)
     def _():
       index = waves * self.ctas + lax.div(self.cta, cut)
-      tile(index, waves, lax.rem(self.cta, cut) * self.width)
+      width = tile_t // cut
+      tile(index, waves, lax.rem(self.cta, cut) * width, width)
 
   def produce(self):
     gmem, smem, tuning = self.gmem, self.smem, self.tuning
     blocks, stages = tuning.blocks, tuning.stages
 
-    def tile(row_tile, token, before):
+    def tile(row_tile, token, before, width):
       def step(i, _):
         slot = lax.rem(before + i, stages)
         k = self.first_step + i
@@ -165,7 +164,7 @@ class Kernel(Sums):
           # copies are of 8 rows, for each of the neighbours.
           unit = 8 * self.neighbours
           tokens = pl.cdiv(gmem["x"].shape[0], unit) * unit
-          tokens = min(self.width, tokens)
+          tokens = min(width, tokens)
           copy(
             gmem["x"].at[
               pl.ds(token, tokens), pl.ds(k * blocks * BLOCK, blocks * BLOCK)
@@ -196,7 +195,7 @@ class Kernel(Sums):
     smem, tuning = self.smem, self.tuning
     interleave = tuning.interleave
 
-    def tile(row_tile, token, before):
+    def tile(row_tile, token, before, width):
       out_row = (
         row_tile * self.copied + lax.rem(group, self.in_half) * self.held
       )
@@ -205,9 +204,9 @@ class Kernel(Sums):
 
       @pl.when(turn == 0)
       def _():
-        self.fetch(group, row, out_token)
+        self.fetch(group, row, out_token, width // tuning.split)
 
-      sums = self.main_loop(group, turn, before)
+      sums = self.main_loop(group, turn, before, width)
 
       if tuning.split > 1:
         mine = self.share(sums, group, turn)
@@ -232,7 +231,7 @@ class Kernel(Sums):
       @pl.when(turn >= first)
       def _():
         part = pl.ds((turn - first) * ROWS, ROWS)
-        smem["sums"].at[group, part, pl.ds(0, self.width)][...] = sums
+        smem["sums"].at[group, part, pl.ds(0, width)][...] = sums
         plgpu.barrier_arrive(smem["sums_full"].at[group])
 
       @pl.when(turn == 0)
@@ -258,13 +257,11 @@ class Kernel(Sums):
   # The epilogue takes pieces of the tokens through the `out` buffers; an
   # operand is copied into the buffer that the result then overwrites.
 
-  def fetch(self, group, row, token):
+  def fetch(self, group, row, token, tokens):
     """Starts the copies that the epilogue of a tile needs."""
     gmem, smem = self.gmem, self.smem
     for name in self.vectors:
-      start, size = (
-        (token, self.my_tokens) if name == "x_scale" else (row, ROWS)
-      )
+      start, size = (token, tokens) if name == "x_scale" else (row, ROWS)
       plgpu.copy_gmem_to_smem(
         gmem[name].at[pl.ds(start, size)],
         smem[name].at[group, pl.ds(0, size)],
@@ -272,7 +269,7 @@ class Kernel(Sums):
       )
     if "operand" in gmem:
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      for i in range(min(self.buffers, self.pieces)):
+      for i in range(min(self.buffers, self.pieces(tokens))):
         self.fetch_operand(i, group, row, token)
 
   def fetch_operand(self, i, group, row, token):
@@ -291,8 +288,9 @@ class Kernel(Sums):
     ]
 
   def finish(self, sums, group, row, token, before):
-    """The epilogue of a tile: from f32 sums [64, tile_t] to the output."""
+    """The epilogue of a tile: from f32 sums [64, tokens] to the output."""
     gmem, smem, piece = self.gmem, self.smem, self.piece
+    pieces = self.pieces(sums.shape[1])
     plgpu.barrier_wait(smem["vectors_full"].at[group])
     by_row = {
       name: load(smem[name].at[group, pl.ds(0, ROWS)], _BY_ROW)
@@ -326,7 +324,7 @@ class Kernel(Sums):
         value += across_tokens(by_row["bias"].astype(jnp.float32), value)
       return value
 
-    for i in range(self.pieces):
+    for i in range(pieces):
       buffer = i % self.buffers
       out_token = token + i * piece
       if self.w.gated:
@@ -336,7 +334,7 @@ class Kernel(Sums):
       else:
         value = scaled(i)
       if "operand" in gmem:
-        if 0 < i < self.pieces - 1:
+        if 0 < i < pieces - 1:
           plgpu.wait_smem_to_gmem(0, wait_read_only=True)
           self.fetch_operand(i + 1, group, row, token)
         plgpu.barrier_wait(

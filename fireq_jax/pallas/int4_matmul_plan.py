@@ -90,20 +90,16 @@ class Plan:
       )
     self.last = self.tiles % self.ctas
     self.cut = tuning.cut if 0 < self.last * tuning.cut <= self.ctas else 1
-    self.width = tuning.tile_t  # of the tiles that are being emitted
+    # Tokens of a tile, that has not been cut, that this CTA finishes.
+    self.my_tokens = tuning.tile_t // tuning.split
     # The epilogue handles at most so many tokens at a time, in buffers.
     piece, self.buffers = (64, 1) if w.gated else (32, 2)
     self.piece = math.gcd(piece, self.my_tokens // self.cut // self.halves)
     self.vectors = [v for v in ("row_scale", "bias", "x_scale") if v in inputs]
 
-  @property
-  def my_tokens(self):
-    """Tokens of a tile that this CTA finishes."""
-    return self.width // self.tuning.split
-
-  @property
-  def pieces(self):
-    return self.my_tokens // (self.piece * self.halves)
+  def pieces(self, tokens):
+    """How many pieces the epilogue makes of the tokens that a CTA finishes."""
+    return tokens // (self.piece * self.halves)
 
   def scratch(self):
     tuning, inputs = self.tuning, self.inputs

@@ -29,11 +29,11 @@ class Sums(Plan):
   part: Any
   my_steps: Any
 
-  def main_loop(self, group, turn, before):
+  def main_loop(self, group, turn, before, width):
     """f32 sums [64, width] over the steps of a tile that have this turn."""
     smem, w, tuning = self.smem, self.w, self.tuning
     blocks, interleave = tuning.blocks, tuning.interleave
-    acc_types = [plgpu.ACC((ROWS, self.width), jnp.float32)] * self.fold
+    acc_types = [plgpu.ACC((ROWS, width), jnp.float32)] * self.fold
     first = lax.rem(turn - lax.rem(before, interleave) + interleave, interleave)
     steps = pl.cdiv(self.my_steps - first, interleave)
 
@@ -42,7 +42,7 @@ class Sums(Plan):
       plgpu.barrier_wait(smem["full"].at[slot])
       return slot
 
-    tokens = pl.ds(0, self.width)
+    tokens = pl.ds(0, width)
     half = lax.div(group, self.in_half)
     rows = pl.ds(lax.rem(group, self.in_half) * self.held, ROWS)
 
@@ -79,8 +79,7 @@ class Sums(Plan):
     def result(accs):
       if self.fold == 1:
         return accs[0][...]
-      shape = ROWS, self.width
-      row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA)
+      row = plgpu.broadcasted_iota(jnp.int32, (ROWS, width), 0, layout=_WGMMA)
       return jnp.where(row < FOLDED, accs[0][...], accs[1][...])
 
     def release(i):
@@ -137,7 +136,7 @@ class Sums(Plan):
 
     if w.scale.dtype == jnp.float8_e4m3fn:
       return pl.run_scoped(scaled, *acc_types)
-    zeros = jnp.zeros((ROWS, self.width), jnp.float32)
+    zeros = jnp.zeros((ROWS, width), jnp.float32)
     return lax.fori_loop(0, steps, exact, plgpu.layout_cast(zeros, _WGMMA))
 
   # Two CTAs that share a tile have its sums over halves of C. Each finishes half
