@@ -5,13 +5,20 @@ The environment variable MOSAIC_GPU_DUMP_TO must name the folder of the reports.
 """
 
 import dataclasses
+import importlib.util
 import re
 from pathlib import Path
 
 import jax
+import pytest
 from jax.experimental import topologies
 
 _TARGET = Path(__file__).with_name("h200.txtpb")
+
+needs_plugin = pytest.mark.skipif(
+  importlib.util.find_spec("jax_cuda13_plugin") is None,
+  reason="needs jax-cuda13-plugin to compile for a GPU (no GPU)",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Quantisation of activations: the reference against NumPy, the kernel too."""
 
-import importlib.util
-
+import deviceless
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -120,16 +119,8 @@ def test_interpreted_kernel(tokens, rows, channels, dtype, norm):
 # The kernel, compiled by ptxas for the card, without a card.
 
 
-needs_ptxas = pytest.mark.skipif(
-  importlib.util.find_spec("jax_cuda13_plugin") is None,
-  reason="needs jax-cuda13-plugin to compile for a GPU (no GPU)",
-)
-
-
-@needs_ptxas
+@deviceless.needs_plugin
 def test_compiles_without_spills(tmp_path, monkeypatch):
-  import deviceless
-
   monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
   struct = jax.ShapeDtypeStruct
   cases = [
@@ -150,11 +141,9 @@ def test_compiles_without_spills(tmp_path, monkeypatch):
   assert [report.spilled_bytes for report in reports] == [0] * len(cases)
 
 
-@needs_ptxas
+@deviceless.needs_plugin
 @pytest.mark.parametrize("tokens, kernels", [(16, 1), (24, 2)])
 def test_a_projection_is_one_kernel_or_two(tokens, kernels, monkeypatch):
-  import deviceless
-
   monkeypatch.setattr("fireq_jax.linear.require_hopper", lambda: None)
   struct = jax.ShapeDtypeStruct
   w = layouts.PackedInt4(

@@ -1,7 +1,6 @@
 """Attention kernels without a GPU: interpreted, lowered, compiled."""
 
-import importlib.util
-
+import deviceless
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,13 +181,8 @@ def test_plan_fills_the_card():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-  importlib.util.find_spec("jax_cuda13_plugin") is None,
-  reason="needs jax-cuda13-plugin to compile for a GPU (no GPU)",
-)
+@deviceless.needs_plugin
 def test_kernels_compile_without_spills(tmp_path, monkeypatch):
-  import deviceless
-
   monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
   decode, prefill = (
     decode_attention.decode_attention,

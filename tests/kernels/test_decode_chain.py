@@ -1,7 +1,6 @@
 """The chain of matmuls: its definition against NumPy, the kernel against it."""
 
-import importlib.util
-
+import deviceless
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -121,13 +120,8 @@ def test_lowers_for_cuda(tokens):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-  importlib.util.find_spec("jax_cuda13_plugin") is None,
-  reason="needs jax-cuda13-plugin to compile for a GPU (no GPU)",
-)
+@deviceless.needs_plugin
 def test_compiles_without_spills(tmp_path, monkeypatch):
-  import deviceless
-
   monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
   cases = [
     shapes(1),

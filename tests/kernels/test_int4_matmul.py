@@ -1,8 +1,8 @@
 """INT4 matmul: the reference against NumPy, the kernel against the reference."""
 
 import dataclasses
-import importlib.util
 
+import deviceless
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -276,13 +276,8 @@ def shapes(t, n, c, *, mode, gated=False):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-  importlib.util.find_spec("jax_cuda13_plugin") is None,
-  reason="needs jax-cuda13-plugin to compile for a GPU (no GPU)",
-)
+@deviceless.needs_plugin
 def test_every_shipped_tuning_compiles_without_spills(tmp_path, monkeypatch):
-  import deviceless
-
   monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
 
   cases = [

@@ -1,7 +1,6 @@
 """Operands of prefill from words of a cache: bit for bit what codes give."""
 
-import importlib.util
-
+import deviceless
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,13 +87,8 @@ def test_says_what_it_cannot_do():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-  importlib.util.find_spec("jax_cuda13_plugin") is None,
-  reason="needs jax-cuda13-plugin to compile for a GPU (no GPU)",
-)
+@deviceless.needs_plugin
 def test_compiles_without_spills_or_copies(tmp_path, monkeypatch):
-  import deviceless
-
   monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
   operands = cache(*SHAPES[0])
   program = deviceless.compile_for_hopper(kernel.prefill_operands, operands)

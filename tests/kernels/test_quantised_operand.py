@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-import importlib.util
 
+import deviceless
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,13 +109,8 @@ def test_tunings_hold_all_tokens_in_a_tile(t, n, gated):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-  importlib.util.find_spec("jax_cuda13_plugin") is None,
-  reason="needs jax-cuda13-plugin to compile for a GPU (no GPU)",
-)
+@deviceless.needs_plugin
 def test_compiles_without_spills(tmp_path, monkeypatch):
-  import deviceless
-
   monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
   functions = []
   for t, n, c, gated in (
@@ -129,7 +124,9 @@ def test_compiles_without_spills(tmp_path, monkeypatch):
       x, w, norm_weight=gain, eps=EPS, tuning=tuning
     )
     functions.append((call, (struct((t, c)), struct((c,)), w)))
-  for report in deviceless.compile_all(functions, tmp_path):
+  reports = deviceless.compile_all(functions, tmp_path)
+  assert len(reports) == len(functions)
+  for report in reports:
     assert report.spilled_bytes == 0
     assert not report.serialised_wgmma
 

@@ -1,8 +1,8 @@
 """Rotating, rounding and appending: codes and scales bit for bit."""
 
 import dataclasses
-import importlib.util
 
+import deviceless
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -288,14 +288,9 @@ def test_says_what_it_cannot_do():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-  importlib.util.find_spec("jax_cuda13_plugin") is None,
-  reason="needs jax-cuda13-plugin to compile for a GPU (no GPU)",
-)
+@deviceless.needs_plugin
 def test_compiles_without_spills_or_copies(tmp_path, monkeypatch):
   """One kernel in a loop that carries the cache, and no copy of it."""
-  import deviceless
-
   monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
 
   def loop(qkv, cos, sin, cache, starts, counts, *factors):

@@ -6,8 +6,8 @@ a mistake there would only be slow.
 
 import functools
 import importlib
-import importlib.util
 
+import deviceless
 import jax
 import jax.numpy as jnp
 import pytest
@@ -36,10 +36,7 @@ PREFILL, STEP, CHAINED = 4 * 2 + 3, 4 + 2, 3
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-  importlib.util.find_spec("jax_cuda13_plugin") is None,
-  reason="needs jax-cuda13-plugin to compile for a GPU (no GPU)",
-)
+@deviceless.needs_plugin
 @pytest.mark.parametrize(
   "batch, kernels",
   [
@@ -48,8 +45,6 @@ PREFILL, STEP, CHAINED = 4 * 2 + 3, 4 + 2, 3
   ],
 )
 def test_generate_is_made_of_kernels(batch, kernels, monkeypatch):
-  import deviceless
-
   for name in ("linear", "attention", "models.llama_layers"):
     module = importlib.import_module(f"fireq_jax.{name}")
     monkeypatch.setattr(module, "require_hopper", lambda **_: None)
