@@ -55,6 +55,7 @@ FASTER = 3  # most tokens for which this is faster than a kernel a matmul
 _ROWS = 16  # of a tile
 _CONSUMERS = 4
 _STEP = 4 * _CONSUMERS  # blocks of a slot of the ring: 4 for each consumer
+_UNDERWAY = 3  # slots that are being copied at most
 CTAS = 132  # one a multiprocessor: they must all run at a time
 _SHARED_BYTES = 227 * 1024
 _REGISTERS = {"consumer": 112, "producer": 32}
@@ -174,6 +175,12 @@ def _call(x, a, stages, counters, *, eps):
         def _():
           plgpu.barrier_wait(smem["empty"].at[slot])
           fence_async_proxy()
+
+        # Grid barriers wait behind what is on its way from memory.
+        @pl.when(done + i >= _UNDERWAY)
+        def _():
+          before = lax.rem(done + i - _UNDERWAY, slots)
+          plgpu.barrier_wait(smem["full"].at[before])
 
         part, k = lax.div(i, stage.steps), lax.rem(i, stage.steps)
         row = first_row(lax.div(part, stage.halves))
