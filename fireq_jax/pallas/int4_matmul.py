@@ -166,16 +166,14 @@ def supported(
   """
   n, c = w.shape
   e4m3_scale = w.scale.dtype == jnp.float8_e4m3fn
-  quantises = w.activation == "e4m3" and x.dtype == jnp.bfloat16
+  quantises = w.quantises(x_scale)
+  x_dtype = jnp.bfloat16 if quantises else w.activation_dtype
   for ok, reason in (
     (x.ndim == 2 and x.shape[0] > 0, f"x of shape {x.shape}"),
     (
-      quantises or x.dtype == w.activation_dtype,
-      f"x of {x.dtype} with this weight",
-    ),
-    (
-      (x_scale is None) == (x.dtype != jnp.float8_e4m3fn),
-      "x_scale must come with e4m3 activations, and only with them",
+      x.dtype == x_dtype and (x_scale is None or w.activation == "e4m3"),
+      f"x of {x.dtype} with{'out' if x_scale is None else ''} a scale and with"
+      " this weight",
     ),
     (quantises or norm_weight is None, "a norm of activations as they are"),
     (
@@ -276,7 +274,7 @@ def int4_matmul(
   )
   tokens = tokens or x.shape[0]
   rows = rows_of(tokens)
-  quantises = x.dtype != w.activation_dtype
+  quantises = w.quantises(x_scale)
   if rows <= 8 and not w.gated:
     tuning = dataclasses.replace(tuning, tile_t=8, split=1, cut=1)
   if quantises:

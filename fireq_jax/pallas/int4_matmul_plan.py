@@ -57,7 +57,7 @@ class Plan:
     self.scale_rows = pl.cdiv(self.copied, _SCALE_ROWS) * _SCALE_ROWS
     self.code_copies = 1 if self.copied == self.code_rows else tuning.blocks
     # Of CTAs, or of pairs of them if x is copied to two at once.
-    quantises = inputs["x"].dtype != w.activation_dtype
+    quantises = w.quantises(inputs.get("x_scale"))
     self.neighbours = 2 if tuning.multicast and not quantises else 1
     rows = tuning.rows * self.neighbours
     self.grid = pl.cdiv(n, rows), pl.cdiv(t, tuning.tile_t)

@@ -50,6 +50,10 @@ class PackedInt4:
     bf16 = self.activation == "bf16"
     return jnp.bfloat16 if bf16 else jnp.float8_e4m3fn
 
+  def quantises(self, x_scale: jax.Array | None) -> bool:
+    """Whether activations that come with `x_scale` are still to be rounded."""
+    return self.activation == "e4m3" and x_scale is None
+
 
 def pack_int4_weights(
   weights: Sequence[QTensor], *, gated: bool = False, asymmetric: bool = True

@@ -40,7 +40,7 @@ def int4_matmul(
   tokens: int | None = None,
 ) -> jax.Array:
   """See `int4_matmul.int4_matmul`."""
-  if w.activation == "e4m3" and x_scale is None:
+  if w.quantises(x_scale):
     x, x_scale = act_quant(x, norm_weight, eps=eps)
   n, c = w.shape
   codes = unpack_codes(w).reshape(n, -1, w.group)
