@@ -16,8 +16,15 @@ bits, into registers that wgmma reads:
     e4m3(scale * -8..7), and bit 3 picks the half.
 
 Without a scale the table holds the codes themselves, which e4m3 represents
-exactly. For bf16 activations a nibble (code + 8) is the low mantissa of a bf16
-in [128, 144), from which 136 is subtracted: exact too.
+exactly. Codes that never meet a scale need no table:
+
+  subnormal (codes -7..7), 3 instructions for 8 weights
+    bits 0-2 of byte i are |code| of weight i and bit 7 is its sign: the e4m3
+    number code / 512. Bits 4-6 of the byte before and bit 3 hold weight 4 + i,
+    and are in the same places after a rotation of the word by 4 bits.
+
+For bf16 activations a nibble (code + 8) is the low mantissa of a bf16 in
+[128, 144), from which 136 is subtracted: exact too.
 """
 
 import dataclasses
@@ -51,6 +58,7 @@ CODES = {
     (0, 1, 2, 3, 4, 5, 6, 7),
     (-8, -7, -6, -5, -4, -3, -2, -1),
   ),
+  "subnormal": (),
 }
 # What a nibble's low 3 bits pick from each table, and its high bit's part.
 PICK_PTX = {
@@ -86,6 +94,12 @@ JOIN_PTX = {
     shr.u32 g, g, 16;
     prmt.b32 $1, $4, $6, g;
     }""",
+  "subnormal": """{
+    .reg .b32 t;
+    and.b32 $0, $2, 0x87878787;
+    shf.l.wrap.b32 t, $2, $2, 4;
+    and.b32 $1, t, 0x87878787;
+    }""",
 }
 
 
@@ -114,6 +128,8 @@ def pick(
   Returns:
     What is looked up in each table, [R, C] e4m3.
   """
+  if not CODES[encoding]:
+    return []
 
   def emit(_, codes, *scales):
     tables = [_scaled_tables(scale, encoding) for scale in scales]
@@ -139,6 +155,7 @@ def join(
   codes: jax.Array, picked: list[jax.Array], encoding: Encoding
 ) -> jax.Array:
   """e4m3(scale * code), [R, C], of what `pick` made of the same codes."""
+  rows, half = codes.shape
 
   def emit(_, codes, *picked):
     i32 = ir.IntegerType.get_signless(32)
@@ -155,13 +172,20 @@ def join(
 
   return plgpu.inline_mgpu(
     arg_types=(_A8,) * (1 + len(picked)),
-    return_type=plgpu.ShapeDtypeStruct(picked[0].shape, jnp.float8_e4m3fn, _A8),
+    return_type=plgpu.ShapeDtypeStruct(
+      (rows, 2 * half), jnp.float8_e4m3fn, _A8
+    ),
   )(Inlined(emit, "join", encoding))(codes, *picked)
 
 
 def exact_e4m3(codes: jax.Array, encoding: Encoding) -> jax.Array:
-  """The codes themselves as e4m3: [R, C] of [R, C / 2] uint8."""
+  """The codes times `unit` as e4m3: [R, C] of [R, C / 2] uint8."""
   return join(codes, pick(codes, [], encoding), encoding)
+
+
+def unit(encoding: Encoding) -> float:
+  """What `exact_e4m3` makes of a code of 1."""
+  return 2**-9 if encoding == "subnormal" else 1.0
 
 
 def exact_bf16(codes: jax.Array) -> jax.Array:

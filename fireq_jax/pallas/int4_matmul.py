@@ -86,9 +86,9 @@ class Tuning:
       enough CTAs for them.
     ctas: CTAs that run; CTA i takes every `ctas`-th tile.
     raster: token tiles that are swept together, for reuse in the L2 cache.
-    ahead: whether a consumer converts a step's first codes while the step
-      before multiplies. Only with e4m3 group scales, and if the ring holds two
-      steps for each set of consumers.
+    ahead: whether a consumer looks up, or of exact codes loads, a step's first
+      codes while the step before multiplies. Only if the ring holds two steps
+      for each set of consumers.
     multicast: whether two CTAs, a cluster, take neighbouring row tiles of the
       same tokens, so that x comes from the L2 cache once for both.
   """

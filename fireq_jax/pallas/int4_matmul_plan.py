@@ -16,7 +16,7 @@ _TMA_ALIGNMENT = 128
 FOLDED = ROWS // 2
 # Of a consumer's and the producer's threads, by consumers. Together they may
 # not exceed what a CTA starts with, 504, 512 or 480 a lane: it would hang.
-REGISTERS = {1: (232, 40), 2: (232, 40), 3: (160, 32), 4: (112, 32)}
+REGISTERS = {1: (232, 40), 2: (240, 24), 3: (160, 32), 4: (112, 32)}
 
 
 def rows_of(tokens: int) -> int:
@@ -70,9 +70,10 @@ class Plan:
     if tuning.split > 1:
       self.ctas, self.parts = self.tiles, 0
     # A consumer then holds two slots.
-    scaled = w.scale.dtype == jnp.float8_e4m3fn
     enough = tuning.stages >= 2 * tuning.interleave
-    self.ahead = tuning.ahead and scaled and enough
+    exact = w.encoding == "subnormal" and w.group == BLOCK and self.fold == 1
+    scaled = w.scale.dtype == jnp.float8_e4m3fn
+    self.ahead = tuning.ahead and enough and (scaled or exact)
     self.cluster, self.clusters = tuning.split * self.neighbours, self.ctas
     self.quantised = None
     if quantises:

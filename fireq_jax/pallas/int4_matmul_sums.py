@@ -130,14 +130,48 @@ class Sums(Plan):
             return result(accs)
 
           part = pl.run_scoped(product, *acc_types)
-          total += part * across_tokens(scale.astype(jnp.float32), part)
+          scale = scale.astype(jnp.float32) / dequant.unit(w.encoding)
+          total += part * across_tokens(scale, part)
       release(i)
       return total
 
+    def exact_ahead(acc):
+      """Adds a block's product when the codes of the next are in registers."""
+
+      def added(total, scale):
+        part = plgpu.wgmma_accumulator_load(acc, wait_n=None)
+        return total + part * across_tokens(scale, part)
+
+      def finish(i):
+        plgpu.wgmma_wait(0)
+        release(i)
+
+      def step(i, carry):
+        slot = slot_of(i)
+        for block in range(blocks):
+          words, [scale] = codes(slot, block), scales(slot, block)
+          if block == 0:
+            # In a branch, lest the compiler move the loads behind it.
+            pl.when(i > 0)(lambda: finish(i - 1))
+          plgpu.wgmma_wait(0)  # on every way here, as ptxas must see
+          weights = dequant.exact_e4m3(words, w.encoding)
+          total = added(*carry)
+          acc[...] = zeros((ROWS, width))
+          multiply([acc], weights, slot, i, block)
+          carry = total, scale.astype(jnp.float32) / dequant.unit(w.encoding)
+        return carry
+
+      nothing = zeros((ROWS, width)), zeros((ROWS,), _BY_ROW)
+      total, scale = lax.fori_loop(0, steps, step, nothing)
+      pl.when(steps > 0)(lambda: finish(steps - 1))
+      plgpu.wgmma_wait(0)
+      return added(total, scale)
+
     if w.scale.dtype == jnp.float8_e4m3fn:
       return pl.run_scoped(scaled, *acc_types)
-    zeros = jnp.zeros((ROWS, width), jnp.float32)
-    return lax.fori_loop(0, steps, exact, plgpu.layout_cast(zeros, _WGMMA))
+    if self.ahead:
+      return pl.run_scoped(exact_ahead, *acc_types)
+    return lax.fori_loop(0, steps, exact, zeros((ROWS, width)))
 
   # Two CTAs that share a tile have its sums over halves of C. Each finishes half
   # of the tokens, of which it gets the other's sums.
@@ -192,6 +226,10 @@ class Sums(Plan):
     return jnp.where(is_first, first, second), jnp.where(
       is_first, second, first
     )
+
+
+def zeros(shape, layout=_WGMMA):
+  return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
 
 
 def across_tokens(vector, like):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from fireq_jax.config import check
 from fireq_jax.qtensor import Activation, QTensor, unpack_int4
 
-Encoding = Literal["sign_magnitude", "twos_complement", "biased"]
+Encoding = Literal["sign_magnitude", "twos_complement", "subnormal", "biased"]
 
 BLOCK = 128  # codes along C that are copied and multiplied together
 ROWS = 64  # rows of a tensor core instruction
@@ -92,7 +92,9 @@ def pack_int4_weights(
   if first.activation == "bf16":
     encoding = "biased"
   else:
-    encoding = "twos_complement" if asymmetric else "sign_magnitude"
+    scaled = first.scale.dtype == jnp.float8_e4m3fn
+    symmetric = "sign_magnitude" if scaled else "subnormal"
+    encoding = "twos_complement" if asymmetric else symmetric
   return PackedInt4(
     codes=_pack_codes(codes, encoding),
     scale=scale.T,
@@ -116,10 +118,13 @@ def unpack_codes(w: PackedInt4) -> jax.Array:
   """int8 codes [N, C] in logical order."""
   low, high = w.codes & jnp.uint8(15), w.codes >> jnp.uint8(4)
   nibbles = jnp.stack([low, high], axis=-1).reshape(*w.codes.shape[:2], 4, 4, 8)
-  if w.encoding == "sign_magnitude":
+  if w.encoding in ("sign_magnitude", "subnormal"):
     sign = nibbles >> jnp.uint8(3)
     sign = jnp.concatenate([sign[..., 1::2], sign[..., 0::2]], axis=-1)
     size = (nibbles & jnp.uint8(7)).astype(jnp.int8)
+    if w.encoding == "subnormal":
+      odd = jnp.roll(size[..., 1::2], 1, axis=-1)
+      size = jnp.concatenate([size[..., 0::2], odd], axis=-1)
     codes = jnp.where(sign == 1, -size, size)
   elif w.encoding == "twos_complement":
     codes = (nibbles << jnp.uint8(4)).astype(jnp.int8) >> jnp.int8(4)
@@ -135,12 +140,16 @@ def _pack_codes(codes, encoding):
   codes = jnp.pad(codes, ((0, 0), (0, -c % BLOCK)))
   activation = "bf16" if encoding == "biased" else "e4m3"
   codes = _to_threads(codes.reshape(n, -1, 32), activation)
-  if encoding == "sign_magnitude":
+  if encoding in ("sign_magnitude", "subnormal"):
     sign = (codes < 0).astype(jnp.uint8)
     sign = jnp.stack([sign[..., 4:], sign[..., :4]], axis=-1).reshape(
       sign.shape
     )
-    nibbles = jnp.abs(codes).astype(jnp.uint8) | (sign << jnp.uint8(3))
+    size = jnp.abs(codes).astype(jnp.uint8)
+    if encoding == "subnormal":
+      odd = jnp.roll(size[..., 4:], -1, axis=-1)
+      size = jnp.stack([size[..., :4], odd], axis=-1).reshape(size.shape)
+    nibbles = size | (sign << jnp.uint8(3))
   elif encoding == "twos_complement":
     nibbles = codes.astype(jnp.uint8) & jnp.uint8(15)
   else:

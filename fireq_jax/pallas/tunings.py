@@ -13,7 +13,7 @@ from fireq_jax.pallas.int4_matmul import Tuning
 from fireq_jax.pallas.layouts import BLOCK, ROWS, PackedInt4
 
 Mode = Literal["e4m3", "exact", "bf16"]
-_CUT_FROM = 256  # tokens of a tile: others gain nothing by being cut
+_CUT_TOKENS = 64  # parts of tiles have so many, or a multiple
 _SLOW_ROWS = 48  # of a tile where the kernel quantises: 64 are faster then
 _CUT_NS = 1500  # that the code for the parts takes longer
 
@@ -35,6 +35,13 @@ def table() -> list[tuple[Tuning, dict[Mode, float]]]:
     (Tuning(**{k: v for k, v in row.items() if k != "ns"}), row["ns"])
     for row in json.loads(text)["rows"]
   ]
+
+
+def cuts(tuning: Tuning) -> list[int]:
+  """Into how many parts a tile of the last wave may be cut."""
+  if tuning.split > 1:
+    return []
+  return [cut for cut in (2, 3, 4) if tuning.tile_t % (cut * _CUT_TOKENS) == 0]
 
 
 def choose(t: int, w: PackedInt4, *, quantises: bool = False) -> Tuning:
@@ -82,8 +89,7 @@ def choose(t: int, w: PackedInt4, *, quantises: bool = False) -> Tuning:
   cut = [
     (dataclasses.replace(tuning, cut=cut), ns)
     for tuning, ns in entries
-    for cut in (2, 4)
-    if tuning.split == 1 and tuning.tile_t >= _CUT_FROM
+    for cut in cuts(tuning)
   ]
   best = min(entries + cut, key=cost)[0]
   return _quantising(best, blocks) if quantises else best

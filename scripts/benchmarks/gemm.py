@@ -120,7 +120,9 @@ def _int4(n, k, m, mode):
 
 def weight(seed, n, k, scale, mode):
   keys = jax.random.split(jax.random.key(seed), 2)
-  encoding = "biased" if mode == "w4a16" else "sign_magnitude"
+  encoding = "sign_magnitude" if scale == jnp.float8_e4m3fn else "subnormal"
+  if mode == "w4a16":
+    encoding = "biased"
   group_scale = jax.random.uniform(
     keys[1], (k // 128, n), minval=0.25, maxval=4
   )

@@ -33,6 +33,8 @@ from jax._src.pallas.mosaic_gpu.interpret.params import (
 )
 from jax._src.state import indexing
 
+from fireq_jax.pallas import dequant
+
 VERSION = "0.11.2"
 
 # Copies take turns at so many clocks. One that shares its clock with a later,
@@ -190,14 +192,14 @@ def _inline(interpreter, eqn, token, values):
       source_info=eqn.source_info,
     )
     return token, []
-  if emit.kind == "join":  # of what has been joined already
+  if emit.kind == "join" and len(values) > 1:  # it has been joined already
     return token, [values[1]]
   if emit.kind == "pick":
     whole = dequantize(values[0], values[1:], emit.encoding)
     return token, [whole] * len(eqn.outvars)
   if emit.kind == "put_row":
     return _put_row(interpreter, eqn, token, *values), []
-  assert emit.kind == "biased"
+  assert emit.kind == "biased" or emit.encoding == "subnormal"
   return token, [dequantize(values[0], [], emit.encoding)]
 
 
@@ -261,10 +263,15 @@ def dequantize(words, scales, encoding):
     else:
       top = nibbles >> 3
       negative = jnp.concatenate([top[..., 1::2], top[..., 0::2]], axis=-1)
-      codes = jnp.where(negative == 1, -(nibbles & 7), nibbles & 7)
+      size = nibbles & 7
+      if encoding == "subnormal":
+        odd = jnp.roll(size[..., 1::2], 1, axis=-1)
+        size = jnp.concatenate([size[..., 0::2], odd], axis=-1)
+      codes = jnp.where(negative == 1, -size, size)
   places = np.array([[order(t, i) for i in range(8)] for t in range(4)])
   codes = codes.reshape(*codes.shape[:2], 32)[..., np.argsort(places.ravel())]
   values = codes.reshape(words.shape[0], -1).astype(jnp.float32)
+  values *= dequant.unit(encoding)
   if scales:
     values = values.reshape(words.shape[0], len(scales), -1)
     factor = jnp.stack([s.astype(jnp.float32) for s in scales], axis=1)

@@ -94,6 +94,7 @@ _OPS = {
   "and.b32": lambda a, b: a & b,
   "shl.b32": lambda a, b: a << b,
   "shr.u32": lambda a, b: a >> b,
+  "shf.l.wrap.b32": lambda low, high, n: (high << n) | (low >> (32 - n)),
   "lop3.b32": _lop3,
   "prmt.b32": _prmt,
   "mul.rn.f16x2": _pairwise(np.float16, lambda a, b: a * b),

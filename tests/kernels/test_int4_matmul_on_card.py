@@ -98,6 +98,7 @@ CLUSTERS = [  # tunings of tiles or x that CTAs share
   Tuning(tile_t=128, rows=192, stages=4, blocks=2, split=2, ahead=True),
   Tuning(tile_t=256, rows=128, stages=4, ahead=True, multicast=True),
 ]
+AHEAD = Tuning(tile_t=128, stages=8, cut=2, ctas=7, ahead=True)
 
 
 @pytest.mark.parametrize("options", EPILOGUES.values(), ids=EPILOGUES)
@@ -112,6 +113,7 @@ def test_every_epilogue_on_the_card(options):
   ]
   if not options.get("gated"):
     wanted_tunings += [(t, tuning) for t in (13, 200) for tuning in CLUSTERS]
+  wanted_tunings += [(t, AHEAD) for t in (13, 200)]
   cases = []
   for t, tuning in wanted_tunings:
     these = dict(given, tuning=tuning)
