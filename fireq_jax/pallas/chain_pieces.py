@@ -12,15 +12,18 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import llvm
 
 from fireq_jax.pallas import dequant
 from fireq_jax.pallas.inline import (
+  ONE_A_THREAD,
   array,
   elements,
   fixed_assembly,
   global_address,
   i32,
+  one_a_thread,
+  run_words,
   shared_address,
   vector,
 )
@@ -65,7 +68,7 @@ def load_blocks(
 
   def emit(_, ref, first):
     operands = [global_address(ref), *first.registers.flat]
-    words = vector(_run_words(2, text, operands, "l,r"))
+    words = vector(run_words(2, text, operands, "l,r"))
     quad = ir.VectorType.get((4,), ir.BF16Type.get())
     registers = np.empty(layout.to_mgpu().registers_shape((4, 128)), object)
     registers.fill(mgpu.utils.bitcast(words, quad))  # one
@@ -77,40 +80,91 @@ def load_blocks(
   )(emit)(ref, first)
 
 
-def load_weights(codes: Any, scale: Any) -> list[jax.Array]:
+def fill_tables(tables: Any, encoding: Encoding) -> None:
+  """Writes the table of every scale; each warpgroup writes them all.
+
+  Args:
+    tables: i32 [128, 2 or 4] in shared memory, by the bits of the scale.
+    encoding: of the codes; the table of "sign_magnitude" begins the other.
+  """
+
+  def emit(_, tables):
+    bits: Any = llvm.inline_asm(
+      ir.IntegerType.get_signless(16),
+      [],
+      """{
+      .reg .b32 i;
+      .reg .b16 x, y;
+      mov.u32 i, %tid.x;
+      and.b32 i, i, 127;
+      mov.b32 {x, y}, i;
+      cvt.rn.f16x2.e4m3x2 i, x;
+      mov.b32 {$0, y}, i;
+      }""",
+      "=h",
+    )
+    table = dequant.scaled_table(bits, encoding)
+    words = ", ".join(f"${n + 1}" for n in range(len(table)))
+    text = f"""{{{_WARP_AND_LANE}
+    and.b32 i, i, 127;
+    mad.lo.u32 i, i, {4 * len(table)}, $0;
+    st.shared.v{len(table)}.b32 [i], {{{words}}};
+    }}"""
+    operands = [shared_address(tables), *table]
+    fixed_assembly(text, operands, "r" + ",r" * len(table))
+
+  plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(emit)(tables)
+
+
+def load_weights(
+  codes: Any, scale: Any, tables: Any, encoding: Encoding
+) -> list[jax.Array]:
   """Loads what a thread needs for `weights`.
 
   Args:
     codes: uint8 [4, 4, 256] in shared memory, 4 rows in each 256 bytes.
     scale: e4m3 [4, 16] in shared memory.
+    tables: written by `fill_tables`.
+    encoding: of the codes.
 
   Returns:
-    Ten times i32 [128], one a thread: 8 words of codes, 2 scales.
+    i32 [128] each, one a thread: 8 words of codes, and the tables of 2 scales.
   """
+  size = 2 * len(dequant.CODES[encoding])
+  words = 8 + 2 * size
+  row = 4 * tables.shape[1]
+  outs = [
+    ", ".join(f"${8 + half * size + n}" for n in range(size))
+    for half in range(2)
+  ]
   text = f"""{{{_WARP_AND_LANE}
-    .reg .b32 a, b;
-    shl.b32 a, w, 10;
-    shl.b32 b, l, 4;
-    add.u32 a, a, b;
-    add.u32 a, a, $10;
-    ld.shared.v4.b32 {{$0, $1, $2, $3}}, [a];
-    ld.shared.v4.b32 {{$4, $5, $6, $7}}, [a + 512];
+    .reg .b32 a, b, c;
     shl.b32 a, w, 4;
     shr.u32 b, l, 2;
     add.u32 a, a, b;
-    add.u32 a, a, $11;
-    ld.shared.u8 $8, [a];
-    ld.shared.u8 $9, [a + 8];
+    add.u32 a, a, ${words + 1};
+    ld.shared.u8 b, [a];
+    ld.shared.u8 c, [a + 8];
+    shl.b32 a, w, 10;
+    shl.b32 l, l, 4;
+    add.u32 a, a, l;
+    add.u32 a, a, ${words};
+    ld.shared.v4.b32 {{$0, $1, $2, $3}}, [a];
+    ld.shared.v4.b32 {{$4, $5, $6, $7}}, [a + 512];
+    mad.lo.u32 b, b, {row}, ${words + 2};
+    mad.lo.u32 c, c, {row}, ${words + 2};
+    ld.shared.v{size}.b32 {{{outs[0]}}}, [b];
+    ld.shared.v{size}.b32 {{{outs[1]}}}, [c];
     }}"""
 
-  def emit(_, codes, scale):
-    operands = [shared_address(codes), shared_address(scale)]
-    return [*map(_one_a_thread, _run_words(10, text, operands, "r,r"))]
+  def emit(_, *refs):
+    operands = [*map(shared_address, refs)]
+    return [*map(one_a_thread, run_words(words, text, operands, "r,r,r"))]
 
-  struct = plgpu.ShapeDtypeStruct((128,), jnp.int32, _ONE_A_THREAD)
+  struct = plgpu.ShapeDtypeStruct((128,), jnp.int32, ONE_A_THREAD)
   return plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=[struct] * 10
-  )(emit)(codes, scale)
+    arg_types=(plgpu.RefType(),) * 3, return_type=[struct] * words
+  )(emit)(codes, scale, tables)
 
 
 def weights(loaded: list[jax.Array], encoding: Encoding) -> jax.Array:
@@ -122,24 +176,8 @@ def weights(loaded: list[jax.Array], encoding: Encoding) -> jax.Array:
   """
 
   def emit(_, *loaded):
-    *words, low, high = [elements(x.registers[0])[0] for x in loaded]
-    i16 = ir.IntegerType.get_signless(16)
-    both: Any = llvm.inline_asm(
-      i32(),
-      [low, high],
-      """{
-      .reg .b16 x, y;
-      mad.lo.u32 $0, $2, 256, $1;
-      mov.b32 {x, y}, $0;
-      cvt.rn.f16x2.e4m3x2 $0, x;
-      }""",
-      "=&r,r,r",
-    )
-    sixteen = arith.constant(i32(), ir.IntegerAttr.get(i32(), 16))
-    tables = []
-    for half in (both, arith.shrui(both, sixteen)):
-      bits = arith.trunci(i16, half)
-      tables.append(dequant.scaled_table(bits, encoding))
+    words = [elements(x.registers[0])[0] for x in loaded]
+    tables = words[8 : len(words) // 2 + 4], words[len(words) // 2 + 4 :]
     layout = mgpu.WGMMA_LAYOUT_8BIT
     out = np.empty(layout.registers_shape((64, 128)), dtype=object)
     flat = out.reshape(8, 2)
@@ -151,7 +189,7 @@ def weights(loaded: list[jax.Array], encoding: Encoding) -> jax.Array:
     return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
 
   return plgpu.inline_mgpu(
-    arg_types=(_ONE_A_THREAD,) * 10,
+    arg_types=(ONE_A_THREAD,) * len(loaded),
     return_type=plgpu.ShapeDtypeStruct(
       (64, 128), jnp.float8_e4m3fn, plgpu.Layout.WGMMA_8BIT
     ),
@@ -306,12 +344,12 @@ def fetch(
 
   def emit(_, row, *refs):
     operands = [*row.registers.flat, *map(global_address, refs)]
-    values = _run_words(count, text, operands, "r" + ",l" * len(refs))
+    values = run_words(count, text, operands, "r" + ",l" * len(refs))
     f32 = ir.F32Type.get()
-    return [_one_a_thread(mgpu.utils.bitcast(x, f32)) for x in values]
+    return [one_a_thread(mgpu.utils.bitcast(x, f32)) for x in values]
 
   refs = row_scales + ([] if residual is None else [residual])
-  struct = plgpu.ShapeDtypeStruct((128,), jnp.float32, _ONE_A_THREAD)
+  struct = plgpu.ShapeDtypeStruct((128,), jnp.float32, ONE_A_THREAD)
   return plgpu.inline_mgpu(
     arg_types=(plgpu.Layout.WG_SPLAT(()), *(plgpu.RefType() for _ in refs)),
     return_type=[struct] * count,
@@ -322,7 +360,7 @@ def nothing_fetched(halves: int, residual: Any) -> list[jax.Array]:
   """Zeros in place of what `fetch` returns, before the first tile."""
   zeros = jnp.zeros(128, jnp.float32)
   count = halves + (residual is not None)
-  return [plgpu.layout_cast(zeros, _ONE_A_THREAD)] * count
+  return [plgpu.layout_cast(zeros, ONE_A_THREAD)] * count
 
 
 def finish(
@@ -340,7 +378,7 @@ def finish(
 
   Args:
     sums: f32 [halves, 16, padded, 16] in shared memory.
-    a_scale: f32 [8] in shared memory.
+    a_scale: f32 [T] in shared memory, or longer.
     fetched: what `fetch` returned for the tile.
     out: bf16 [T, n / 128, 128].
     row: the first row.
@@ -412,31 +450,7 @@ def finish(
     fixed_assembly(text, operands, "r,r,r,l" + ",f" * len(values))
 
   ref = plgpu.RefType()
-  layouts = [_ONE_A_THREAD] * len(fetched)
+  layouts = [ONE_A_THREAD] * len(fetched)
   plgpu.inline_mgpu(
     arg_types=(ref, ref, plgpu.Layout.WG_SPLAT(()), ref, *layouts)
   )(emit)(sums, a_scale, row, out, *fetched)
-
-
-_ONE_A_THREAD = plgpu.Layout.WG_STRIDED((128,), 1)
-
-
-def _one_a_thread(value: Any) -> mgpu.FragmentedArray:
-  registers = np.empty((1,), dtype=object)
-  registers[0] = vector([value])
-  signed = True if value.type == i32() else None
-  return mgpu.FragmentedArray(
-    _registers=registers,
-    _layout=mgpu.WGStridedFragLayout((128,), 1),
-    _is_signed=signed,
-  )
-
-
-def _run_words(count: int, text: str, operands: Any, inputs: str) -> list:
-  """`fixed_assembly` with `count` i32 results, $0 and so on."""
-  words = ", ".join(["i32"] * count)
-  kind = ir.Type.parse(f"!llvm.struct<({words})>") if count > 1 else i32()
-  result = fixed_assembly(text, operands, "=&r," * count + inputs, kind)
-  if count == 1:
-    return [result]
-  return [llvm.extractvalue(i32(), result, (i,)) for i in range(count)]

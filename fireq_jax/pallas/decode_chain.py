@@ -1,4 +1,4 @@
-"""The INT4 matmuls of a decode step, chained in one kernel for up to 8 tokens.
+"""The INT4 matmuls of a decode step, chained in one kernel for up to 4 tokens.
 
 Stages run one after another on a residual stream x [T, D] and an activation a:
 
@@ -27,6 +27,9 @@ diagonal means something: warp s of a consumer holds 16 rows at block s and
 keeps column s of each token. The sums over blocks and consumers are finished
 through shared memory, in a fixed order, by the consumers in turn.
 
+Consumers are what all wait for, so they convert codes by e4m3 tables of all
+scales, which lie in shared memory.
+
 The activations of a whole row, e4m3, stay in shared memory. Each consumer
 quantises just the channels it will multiply; thread t of a quad loads the 16
 bytes of codes of chunk t of a block, so channels are stored in that order.
@@ -43,23 +46,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fireq_jax.pallas import chain_pieces as pieces
-from fireq_jax.pallas import grid
+from fireq_jax.pallas import chain_rows, grid, mbarrier
+from fireq_jax.pallas.dequant import CODES
 from fireq_jax.pallas.device import one_by_one
-from fireq_jax.pallas.inline import divide, fence_async_proxy, load
+from fireq_jax.pallas.inline import fence_async_proxy
 from fireq_jax.pallas.layouts import BLOCK, Encoding, PackedInt4
 
 Stage = tuple[PackedInt4, jax.Array | None]
 
-MAX_TOKENS = 8
+MAX_TOKENS = 4
 FASTER = 3  # most tokens for which this is faster than a kernel a matmul
 _ROWS = 16  # of a tile
 _CONSUMERS = 4
 _STEP = 4 * _CONSUMERS  # blocks of a slot of the ring: 4 for each consumer
-_UNDERWAY = 3  # slots that are being copied at most
+_FINISHERS = 4  # tiles whose sums wait to be finished, a consumer each
+_UNDERWAY = 2  # slots that are being copied at most
 CTAS = 132  # one a multiprocessor: they must all run at a time
 _SHARED_BYTES = 227 * 1024
 _REGISTERS = {"consumer": 112, "producer": 32}
-_HELD = 14  # values a thread holds of a row, in units of 4
 _F8 = jnp.float8_e4m3fn
 
 
@@ -117,7 +121,7 @@ def decode_chain(
   """Runs the stages; see the module docstring.
 
   Args:
-    x: bf16 [T, D], the residual stream, T <= 8.
+    x: bf16 [T, D], the residual stream, T <= 4.
     a: bf16 [T, C] that a first stage without a gain reads, else None.
     stages: packed weights, each with the gain [D] of the norm before it, or
       None for one that adds to the residual stream.
@@ -139,9 +143,11 @@ def _call(x, a, stages, counters, *, eps):
   tokens = x.shape[0]
   padded = _padded(tokens)
   slots = _ring_slots(tokens, stages)
-  finishers = _finishers(padded)
   halves = max(_halves(w) for w, _ in stages)
   blocks = max(_steps(w) for w, _ in stages) * _STEP
+  # The longer table begins with the shorter.
+  encoding = max((w.encoding for w, _ in stages), key=lambda e: len(CODES[e]))
+  tables = len(CODES[encoding])
   out_type, inputs = [], [counters, _by_block(x)]
   if a is not None:
     inputs.append(_by_block(a))
@@ -173,7 +179,8 @@ def _call(x, a, stages, counters, *, eps):
 
         @pl.when(done + i >= slots)
         def _():
-          plgpu.barrier_wait(smem["empty"].at[slot])
+          turns = lax.div(done + i, slots)
+          mbarrier.wait(smem["empty"], slot, turns - 1)
           fence_async_proxy()
 
         # Grid barriers wait behind what is on its way from memory.
@@ -206,27 +213,32 @@ def _call(x, a, stages, counters, *, eps):
       def _(warp):
         @pl.when(warp == 0)
         def _():
+          # Others use them once something has been copied.
+          mbarrier.init(smem["empty"], _CONSUMERS)
           functools.reduce(lambda done, s: copy(s, done), plan, jnp.int32(0))
 
-    def load_slot(slot):
+    def load_slot(slot, encoding):
       mine = pl.ds(wg * 4, 4)
       plgpu.barrier_wait(smem["full"].at[slot])
       loaded = pieces.load_weights(
-        smem["codes"].at[slot, mine], smem["scale"].at[slot, mine]
+        smem["codes"].at[slot, mine],
+        smem["scale"].at[slot, mine],
+        smem["tables"],
+        encoding,
       )
-      plgpu.barrier_arrive(smem["empty"].at[slot])
+      mbarrier.arrive(smem["empty"], slot)
       return loaded
 
     def multiply(stage, slot, *accs):
       """Products of a tile, one for each half, from `slot` on."""
       parts = [(acc, k) for acc in accs for k in range(stage.steps)]
-      loaded = load_slot(slot)
+      loaded = load_slot(slot, stage.encoding)
       # In one body, so that codes are loaded and converted while wgmma runs.
       for i, (acc, k) in enumerate(parts):
         this = loaded
         if i + 1 < len(parts):
           slot = lax.select(slot == slots - 1, 0, slot + 1)
-          loaded = load_slot(slot)
+          loaded = load_slot(slot, stage.encoding)
         weights = pieces.weights(this, stage.encoding)
         plgpu.wgmma(acc, weights, smem["a"].at[k * _CONSUMERS + wg].T)
         plgpu.wgmma_wait(1)
@@ -238,10 +250,13 @@ def _call(x, a, stages, counters, *, eps):
       scales = [stage.row_scale.at[pl.ds(i * stage.n, stage.n)] for i in halves]
       return pieces.fetch(scales, stage.residual, row, tokens=tokens)
 
-    def finish(stage, tile, buffer, fetched):
+    def finish(stage, tile, number, fetched):
+      buffer = lax.rem(number, _FINISHERS)
+
       @pl.when(wg == buffer)
       def _():
-        plgpu.barrier_wait(smem["sums_full"].at[buffer])
+        turns = lax.div(number, _FINISHERS)
+        mbarrier.wait(smem["sums_full"], buffer, turns)
         pieces.finish(
           smem["sums"].at[buffer],
           smem["a_scale"].at[wg],
@@ -252,19 +267,21 @@ def _call(x, a, stages, counters, *, eps):
           tokens=tokens,
           padded=padded,
         )
-        plgpu.barrier_arrive(smem["sums_free"].at[buffer])
+        mbarrier.arrive(smem["sums_free"], buffer)
 
     def consume(stage, tiles_done, slots_done):
       """Computes a stage; returns tiles and slots ever used."""
       slots_of_tile = stage.halves * stage.steps
 
       def tile(i, before):
-        buffer = lax.rem(tiles_done + i, finishers)
+        number = tiles_done + i
+        buffer = lax.rem(number, _FINISHERS)
         fetched = fetch(stage, first_row(i))
 
-        @pl.when(tiles_done + i >= finishers)
+        @pl.when(number >= _FINISHERS)
         def _():
-          plgpu.barrier_wait(smem["sums_free"].at[buffer])
+          turns = lax.div(number, _FINISHERS)
+          mbarrier.wait(smem["sums_free"], buffer, turns - 1)
 
         slot = lax.rem(slots_done + i * slots_of_tile, slots)
         products = pl.run_scoped(
@@ -274,13 +291,13 @@ def _call(x, a, stages, counters, *, eps):
         for half, product in enumerate(products):
           target = smem["sums"].at[buffer, half, pl.ds(wg * 4, 4)]
           pieces.store_sums(product, target, padded)
-        plgpu.barrier_arrive(smem["sums_full"].at[buffer])
+        mbarrier.arrive(smem["sums_full"], buffer)
 
         # A tile is finished after the next one is computed: by then all
         # consumers are through with it, and what it needs has arrived.
         @pl.when(i > 0)
         def _():
-          finish(stage, i - 1, lax.rem(tiles_done + i - 1, finishers), before)
+          finish(stage, i - 1, number - 1, before)
 
         return fetched
 
@@ -290,84 +307,39 @@ def _call(x, a, stages, counters, *, eps):
 
       @pl.when(count > 0)
       def _():
-        last = count - 1
-        finish(stage, last, lax.rem(tiles_done + last, finishers), fetched)
+        finish(stage, count - 1, tiles_done + count - 1, fetched)
 
       return tiles_done + count, slots_done + count * slots_of_tile
 
     @pl.when(wg < _CONSUMERS)
     def _():
       plgpu.set_max_registers(_REGISTERS["consumer"], action="increase")
-      done = jnp.int32(0), jnp.int32(0)
+
+      @pl.when(wg == 0)
+      def _():
+        mbarrier.init(smem["sums_full"], _CONSUMERS)
+        mbarrier.init(smem["sums_free"], 1)
+
+      pieces.fill_tables(smem["tables"], encoding)
+      done, passed = (jnp.int32(0), jnp.int32(0)), None
       for i, stage in enumerate(plan):
         if i:
           wait = lambda i=i: grid.grid_barrier(counters_gmem, i * CTAS)
         else:
           wait = lambda: None
-        quantize(stage, wg, wait, **smem)
+        memory = [smem[name] for name in ("a", "a_scale", "squares", "peaks")]
+        chain_rows.quantize(
+          stage.source, stage.gain, wg, wait, *memory, eps=eps
+        )
+        if i == len(plan) - 1:
+          passed = grid.count_passed(counters_gmem)
         done = consume(stage, *done)
-      grid.leave(counters_gmem, CTAS)
-
-  def quantize(stage, wg, wait, *, a, a_scale, squares, peaks, **_):
-    """Writes the e4m3 codes of this consumer's channels, and the scales.
-
-    `wait` waits until they are there.
-    """
-    source, gain, steps = stage.source, stage.gain, stage.steps
-    layout = plgpu.Layout.TILED(
-      plgpu.Tiling(((4, BLOCK), (4,))),
-      warp_dims=(-3,),
-      lane_dims=(-2,),
-      vector_dim=-1,
-    )
-    mine = pl.ds(wg * 4, 4)
-    parts = [k * _CONSUMERS + wg for k in range(steps)]
-    gains = None
-    if gain is not None:
-      gains = [pieces.load_blocks(gain, 0, k * 4, layout) for k in parts]
-    wait()
-
-    def rows(first):
-      """The rows from one on that fit the registers, to be loaded at once."""
-      return range(first, min(tokens, first + max(1, _HELD // steps)))
-
-    def loaded(t):
-      return [pieces.load_blocks(source, t, k * 4, layout) for k in parts]
-
-    def scaled(x):
-      if gains is None:
-        return x
-      return [v * g.astype(jnp.float32) for v, g in zip(x, gains)]
-
-    held = {}
-    for first in range(0, tokens, len(rows(0))):
-      held = {t: loaded(t) for t in rows(first)}
-      for t, x in held.items():
-        x = [v.astype(jnp.float32) for v in x]
-        if gain is not None:
-          squares.at[t, mine][...] = jnp.sum(sum(v * v for v in x), axis=1)
-        peak = functools.reduce(jnp.maximum, map(jnp.abs, scaled(x)))
-        peaks.at[t, mine][...] = jnp.max(peak, axis=1)
-    grid.consumers_barrier()
-    for t in range(tokens):
-      if t not in held:
-        held = {t: loaded(t) for t in rows(t)}
-      y = scaled([v.astype(jnp.float32) for v in held[t]])
-      scale = jnp.max(load(peaks.at[t], _EVERYWHERE)) * (1 / 448)
-      scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
-      for k, value in zip(parts, y):
-        codes = divide(value, scale, layout).astype(_F8)
-        pieces.store_activations(codes, a.at[k], t, padded, layout)
-      if gain is not None:
-        squared = jnp.sum(load(squares.at[t], _EVERYWHERE))
-        mean = squared / (source.shape[1] * BLOCK)
-        scale *= lax.rsqrt(mean + eps)
-      a_scale[wg, t] = scale
-    plgpu.commit_smem()
+      grid.leave(counters_gmem, passed, CTAS)
 
   scratch = dict(
     codes=plgpu.SMEM((slots, _STEP, 4, 256), jnp.uint8),
     scale=plgpu.SMEM((slots, _STEP, _ROWS), _F8),
+    tables=plgpu.SMEM((128, 2 * tables), jnp.int32),
     a=plgpu.SMEM(
       (blocks // 4, 4 * padded, BLOCK), _F8, transforms=pieces.SWIZZLED
     ),
@@ -375,12 +347,12 @@ def _call(x, a, stages, counters, *, eps):
     squares=plgpu.SMEM((tokens, 4 * _CONSUMERS), jnp.float32),
     peaks=plgpu.SMEM((tokens, 4 * _CONSUMERS), jnp.float32),
     sums=plgpu.SMEM(
-      (finishers, halves, 4 * _CONSUMERS, padded, _ROWS), jnp.float32
+      (_FINISHERS, halves, 4 * _CONSUMERS, padded, _ROWS), jnp.float32
     ),
     full=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-    empty=plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=slots),
-    sums_full=plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=finishers),
-    sums_free=plgpu.Barrier(num_barriers=finishers),
+    empty=mbarrier.barriers(slots),
+    sums_full=mbarrier.barriers(_FINISHERS),
+    sums_free=mbarrier.barriers(_FINISHERS),
   )
   outs = plgpu.kernel(
     kernel,
@@ -464,14 +436,6 @@ def _plan(stages, refs, *, reads_a):
   return plan
 
 
-_EVERYWHERE = plgpu.Layout.TILED(
-  plgpu.Tiling(((4 * _CONSUMERS,),)),
-  warp_dims=(plgpu.Replicated(4),),
-  lane_dims=(plgpu.Replicated(32),),
-  vector_dim=-1,
-)
-
-
 def _halves(w):
   return 2 if w.gated else 1
 
@@ -486,12 +450,8 @@ def _by_block(x):
 
 
 def _padded(tokens):
-  """Tokens for which there are columns: 2, 4 or 8."""
-  return max(2, 1 << (tokens - 1).bit_length())
-
-
-def _finishers(padded):
-  return 4 if padded < 8 else 2
+  """Tokens for which there are columns."""
+  return 2 if tokens <= 2 else 4
 
 
 def _ring_slots(tokens, stages):
@@ -499,7 +459,7 @@ def _ring_slots(tokens, stages):
   padded = _padded(tokens)
   longest = max(_steps(w) for w, _ in stages) * _STEP * BLOCK
   halves = max(_halves(w) for w, _ in stages)
-  sums = _finishers(padded) * halves * 4 * _CONSUMERS * padded * _ROWS * 4
-  used = padded * longest + sums + 8 * 1024
+  sums = _FINISHERS * halves * 4 * _CONSUMERS * padded * _ROWS * 4
+  used = padded * longest + sums + 12 * 1024
   slot = _STEP * _ROWS * (BLOCK // 2 + 1)
   return min(10, (_SHARED_BYTES - used) // slot)

@@ -2,9 +2,18 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fireq_jax.pallas.inline import fixed_assembly, global_address
+from fireq_jax.pallas.inline import (
+  ONE_A_THREAD,
+  elements,
+  fixed_assembly,
+  global_address,
+  one_a_thread,
+  run_words,
+)
 
 _THREADS = 512  # of all consumers of a CTA
 _BARRIER = 15  # a named barrier that Mosaic leaves alone
@@ -46,22 +55,42 @@ def grid_barrier(counters: Any, arrivals: int) -> None:
   plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(emit)(counters)
 
 
-def leave(counters: Any, ctas: int) -> None:
-  """Sets the counters to zero once the last CTA has passed every barrier."""
+def count_passed(counters: Any) -> jax.Array:
+  """Counts the CTA as one that has passed every barrier.
+
+  Returns:
+    For `leave`, i32 [128], one a thread.
+  """
 
   def emit(_, counters):
+    text = """{
+    .reg .pred p;
+    .reg .b32 i;
+    mov.u32 i, %tid.x;
+    setp.eq.u32 p, i, 0;
+    mov.b32 $0, 0;
+    @p atom.relaxed.gpu.global.add.u32 $0, [$1 + 4], 1;
+    }"""
+    return one_a_thread(run_words(1, text, [global_address(counters)], "l")[0])
+
+  struct = plgpu.ShapeDtypeStruct((128,), jnp.int32, ONE_A_THREAD)
+  return plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=struct)(
+    emit
+  )(counters)
+
+
+def leave(counters: Any, passed: Any, ctas: int) -> None:
+  """Sets the counters to zero in the last CTA that has passed every barrier."""
+
+  def emit(_, counters, passed):
+    [n] = elements(passed.registers[0])
     text = f"""{{
     .reg .pred p;
-    .reg .b32 i, n;
-    mov.u32 i, %tid.x;
-    setp.ne.u32 p, i, 0;
-    @p bra DONE;
-    atom.acq_rel.gpu.global.add.u32 n, [$0 + 4], 1;
-    setp.ne.u32 p, n, {ctas - 1};
-    @p bra DONE;
-    st.global.v2.u32 [$0], {{0, 0}};
-    DONE:
+    setp.eq.u32 p, $1, {ctas - 1};
+    @p st.global.v2.u32 [$0], {{0, 0}};
     }}"""
-    fixed_assembly(text, [global_address(counters)], "l")
+    fixed_assembly(text, [global_address(counters), n], "l,r")
 
-  plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(emit)(counters)
+  plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ONE_A_THREAD))(emit)(
+    counters, passed
+  )

@@ -12,6 +12,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm
 from jaxlib.mlir.dialects import math as mlir_math
 
+ONE_A_THREAD = plgpu.Layout.WG_STRIDED((128,), 1)
 _INDEX = inspect.signature(plgpu.load).parameters.get("idx")
 # JAX 0.10 wants an index of `load`, 0.11 deprecates it, 0.12 has none.
 _WHOLE = ((),) if _INDEX is not None and _INDEX.default is _INDEX.empty else ()
@@ -218,3 +219,25 @@ def array(registers: Any, layout: Any) -> mgpu.FragmentedArray:
   return mgpu.FragmentedArray(
     _registers=registers, _layout=layout, _is_signed=None
   )
+
+
+def one_a_thread(value: Any) -> mgpu.FragmentedArray:
+  """An array of 128 in layout `ONE_A_THREAD`; `value` is a thread's."""
+  registers = np.empty((1,), dtype=object)
+  registers[0] = vector([value])
+  signed = True if value.type == i32() else None
+  return mgpu.FragmentedArray(
+    _registers=registers,
+    _layout=mgpu.WGStridedFragLayout((128,), 1),
+    _is_signed=signed,
+  )
+
+
+def run_words(count: int, text: str, operands: Any, inputs: str) -> list:
+  """`fixed_assembly` with `count` i32 results, $0 and so on."""
+  words = ", ".join(["i32"] * count)
+  kind = ir.Type.parse(f"!llvm.struct<({words})>") if count > 1 else i32()
+  result = fixed_assembly(text, operands, "=&r," * count + inputs, kind)
+  if count == 1:
+    return [result]
+  return [llvm.extractvalue(i32(), result, (i,)) for i in range(count)]

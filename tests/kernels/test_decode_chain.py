@@ -98,11 +98,11 @@ def shapes(tokens, hidden=4096, ffn=14336, qkv=6144, encoding="sign_magnitude"):
 
 
 def test_what_it_does_not_handle_is_refused():
-  supported(*shapes(8))
+  supported(*shapes(4))
   supported(*shapes(4, ffn=11008, qkv=12288))  # Llama-2-7B
   supported(*shapes(4, 2048, 8192, 3072))  # Llama-3.2-1B
   for wrong, reason in (
-    (shapes(9), "9 tokens"),
+    (shapes(5), "5 tokens"),
     (shapes(1, ffn=11008 + 64), "not multiples of 128"),
     (shapes(1, qkv=6144 + 16), "not multiples of 128"),
     ((shapes(1)[0], None, shapes(1)[2]), "activations where there are none"),
@@ -111,7 +111,7 @@ def test_what_it_does_not_handle_is_refused():
       supported(*wrong)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("tokens", [1, 4])
 def test_lowers_for_cuda(tokens):
   counters = jax.ShapeDtypeStruct((2,), jnp.int32)
   chain = jax.jit(lambda *args: decode_chain(*args, eps=EPS))
@@ -128,7 +128,6 @@ def test_compiles_without_spills(tmp_path, monkeypatch):
     shapes(2, encoding="twos_complement"),
     shapes(4, 2048, 8192, 3072),
     shapes(4, ffn=11008, qkv=12288),
-    shapes(8),
   ]
   chain = lambda *args: decode_chain(*args, eps=EPS)
   counters = jax.ShapeDtypeStruct((2,), jnp.int32)
@@ -146,9 +145,8 @@ def test_compiles_without_spills(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   "tokens, hidden, ffn, lowest",
   [
-    *((tokens, 2048, 6144, -7) for tokens in range(1, 9)),
+    *((tokens, 2048, 6144, -7) for tokens in range(1, 5)),
     (2, 2048, 6144, -8),
-    (8, 2048, 6144, -8),
     (1, 1536, 2944, -7),  # 12 and 23 blocks of 128, so slots are not full
     (4, 1536, 2944, -8),
   ],
