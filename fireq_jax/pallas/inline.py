@@ -215,9 +215,11 @@ def vector(values: list) -> Any:
   return out
 
 
-def array(registers: Any, layout: Any) -> mgpu.FragmentedArray:
+def array(
+  registers: Any, layout: Any, is_signed: bool | None = None
+) -> mgpu.FragmentedArray:
   return mgpu.FragmentedArray(
-    _registers=registers, _layout=layout, _is_signed=None
+    _registers=registers, _layout=layout, _is_signed=is_signed
   )
 
 

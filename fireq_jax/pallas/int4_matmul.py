@@ -41,9 +41,8 @@ Many tokens. The tiles of a last wave that few CTAs have may be cut along the
 tokens, for the others to have parts of them. CTAs may work in pairs that get
 the same x by `multicast`; a slot is then free when both have left it.
 
-Gate and up. Half of the consumers hold rows of the gate and the others the same
-rows of the up projection; two and two swap half of their tokens through shared
-memory, and each finishes silu(gate) * up of its half.
+Gate and up. Of the 64 rows of a consumer 32 are of the gate and 32 the same of
+the up projection, such that a thread has both (`gated`).
 """
 
 import dataclasses
@@ -74,14 +73,14 @@ class Tuning:
     tile_t: tokens of a tile, a multiple of 8 up to 256.
     stages: steps the ring buffer holds, a multiple of `interleave`.
     rows: rows of a tile: 64 for each of up to four consumers, or 16, 32 or 48
-      for one. Then they must divide the rows of the output.
+      for one. Then they must divide the rows of the output, and not be gated.
     blocks: blocks of 128 along C in a step.
     interleave: sets of consumers that take turns at the steps; at most four
       consumers in all.
     cluster: CTAs that quantise activations for each other, a power of two,
       where the kernel quantises and has a multiple of so many tiles.
-    split: 2 if two CTAs share a tile, as a cluster: not of gated weights, of
-      64 rows or more, interleaved twice at most. `ctas` is without effect.
+    split: 2 if two CTAs share a tile, as a cluster: of 64 rows or more,
+      interleaved twice at most. `ctas` is without effect.
     cut: parts of a tile, along the tokens, of the last wave, if there are
       enough CTAs for them.
     ctas: CTAs that run; CTA i takes every `ctas`-th tile.
@@ -266,16 +265,14 @@ def int4_matmul(
   )
   n, c = w.shape
   check(
-    tuning.row_groups % 2 == 0 and tuning.split == 1
-    if w.gated
-    else tuning.rows >= ROWS or n % tuning.rows == 0,
+    tuning.rows >= ROWS or (n % tuning.rows == 0 and not w.gated),
     "rows of a tuning do not fit the weight",
     got=f"{tuning.rows} for {n}, gated {w.gated}",
   )
   tokens = tokens or x.shape[0]
   rows = rows_of(tokens)
   quantises = w.quantises(x_scale)
-  if rows <= 8 and not w.gated:
+  if rows <= 8:
     tuning = dataclasses.replace(tuning, tile_t=8, split=1, cut=1)
   if quantises:
     check(

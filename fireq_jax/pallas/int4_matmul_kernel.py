@@ -1,13 +1,11 @@
 """The kernel of `int4_matmul`, which describes it."""
 
-import functools
-
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fireq_jax.pallas import dequant
+from fireq_jax.pallas import dequant, gated
 from fireq_jax.pallas.inline import load
 from fireq_jax.pallas.int4_matmul_plan import REGISTERS
 from fireq_jax.pallas.int4_matmul_sums import Sums, across_tokens
@@ -15,7 +13,6 @@ from fireq_jax.pallas.layouts import BLOCK, ROWS
 
 _WGMMA = plgpu.Layout.WGMMA
 _TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
-_BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 _BY_TOKEN = plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -196,10 +193,7 @@ class Kernel(Sums):
     interleave = tuning.interleave
 
     def tile(row_tile, token, before, width):
-      out_row = (
-        row_tile * self.copied + lax.rem(group, self.in_half) * self.held
-      )
-      row = out_row + lax.div(group, self.in_half) * self.n_out
+      row = row_tile * self.copied + group * self.held
       out_token = token + self.part * self.my_tokens
 
       @pl.when(turn == 0)
@@ -214,12 +208,12 @@ class Kernel(Sums):
         @pl.when(turn == 0)
         def _():
           total = self.total(mine, group)
-          self.finish(total, group, out_row, out_token, before)
+          self.finish(total, group, row, out_token)
 
         return
 
       if not self.parts:
-        self.finish(sums, group, out_row, out_token, before)
+        self.finish(sums, group, row, out_token)
         return
 
       first = interleave - self.parts  # of those that store their sums
@@ -237,7 +231,7 @@ class Kernel(Sums):
       @pl.when(turn == 0)
       def _():
         plgpu.barrier_wait(smem["sums_full"].at[group])
-        self.finish(sums, group, out_row, out_token, before)
+        self.finish(sums, group, row, out_token)
         plgpu.barrier_arrive(smem["sums_free"].at[group])
 
     self.for_each_tile(tile)
@@ -250,8 +244,6 @@ class Kernel(Sums):
 
     @pl.when(turn == 0)
     def _():
-      if self.w.gated:
-        plgpu.barrier_wait(smem["swap_free"].at[self.partner(group)])
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   # The epilogue takes pieces of the tokens through the `out` buffers; an
@@ -260,16 +252,17 @@ class Kernel(Sums):
   def fetch(self, group, row, token, tokens):
     """Starts the copies that the epilogue of a tile needs."""
     gmem, smem = self.gmem, self.smem
-    for name in self.vectors:
-      start, size = (token, tokens) if name == "x_scale" else (row, ROWS)
-      plgpu.copy_gmem_to_smem(
-        gmem[name].at[pl.ds(start, size)],
-        smem[name].at[group, pl.ds(0, size)],
-        smem["vectors_full"].at[group],
-      )
+    for name, copies in self.vectors.items():
+      start, size = (token, tokens) if name == "x_scale" else (row, self.span)
+      for i in range(copies):
+        plgpu.copy_gmem_to_smem(
+          gmem[name].at[pl.ds(start + i * self.n_out, size)],
+          smem[name].at[group, i, pl.ds(0, size)],
+          smem["vectors_full"].at[group],
+        )
     if "operand" in gmem:
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      for i in range(min(self.buffers, self.pieces(tokens))):
+      for i in range(min(self.buffers, tokens // self.piece)):
         self.fetch_operand(i, group, row, token)
 
   def fetch_operand(self, i, group, row, token):
@@ -281,19 +274,19 @@ class Kernel(Sums):
     )
 
   def output_tile(self, name, row, token):
-    # 64 rows, of which TMA takes those held; a static slice would be refused.
-    rows = pl.ds(row * 0, ROWS)
+    # Rows of which TMA takes those held; a static slice would be refused.
+    rows = pl.ds(row * 0, self.span)
     return self.gmem[name].at[
       pl.ds(token, self.piece), lax.div(row, self.held), rows
     ]
 
-  def finish(self, sums, group, row, token, before):
+  def finish(self, sums, group, row, token):
     """The epilogue of a tile: from f32 sums [64, tokens] to the output."""
     gmem, smem, piece = self.gmem, self.smem, self.piece
-    pieces = self.pieces(sums.shape[1])
+    pieces = sums.shape[1] // piece
     plgpu.barrier_wait(smem["vectors_full"].at[group])
     by_row = {
-      name: load(smem[name].at[group, pl.ds(0, ROWS)], _BY_ROW)
+      name: gated.load_by_row(smem[name].at[group, :, pl.ds(0, self.span)])
       for name in self.vectors
       if name != "x_scale"
     }
@@ -317,7 +310,7 @@ class Kernel(Sums):
       if self.quantised:
         x_scale = load(smem["quantised"]["x_scale"].at[tokens], _BY_TOKEN)
       elif "x_scale" in smem:
-        x_scale = load(smem["x_scale"].at[group, tokens], _BY_TOKEN)
+        x_scale = load(smem["x_scale"].at[group, 0, tokens], _BY_TOKEN)
       if x_scale is not None:
         value *= lax.broadcast_in_dim(x_scale, value.shape, [1])
       if "bias" in smem:
@@ -326,13 +319,8 @@ class Kernel(Sums):
 
     for i in range(pieces):
       buffer = i % self.buffers
-      out_token = token + i * piece
-      if self.w.gated:
-        first_use = (before == 0) & (i == 0)
-        value = self.swap(group, scaled(2 * i), scaled(2 * i + 1), first_use)
-        out_token = token + (2 * i + lax.div(group, self.in_half)) * piece
-      else:
-        value = scaled(i)
+      out = smem["out"].at[group, buffer]
+      value = scaled(i)
       if "operand" in gmem:
         if 0 < i < pieces - 1:
           plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -340,9 +328,7 @@ class Kernel(Sums):
         plgpu.barrier_wait(
           smem["operand_full"].at[group * self.buffers + buffer]
         )
-        operand = load(
-          smem["out"].at[group, buffer].T, _TRANSPOSED, optimized=True
-        )
+        operand = load(out.T, _TRANSPOSED, optimized=True)
         operand = plgpu.layout_cast(operand, _WGMMA).astype(jnp.float32)
         value = value * operand if self.epilogue == "mul" else value + operand
       else:
@@ -351,44 +337,15 @@ class Kernel(Sums):
         plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
       if self.epilogue == "silu":
         value = _silu(value)
-      smem["out"].at[group, buffer].T[...] = plgpu.layout_cast(
-        value.astype(self.out.dtype), _TRANSPOSED
-      )
-      plgpu.commit_smem()
-      store = functools.partial(
-        plgpu.copy_smem_to_gmem,
-        smem["out"].at[group, buffer],
-        self.output_tile("out", row, out_token),
-      )
-      if self.w.gated and self.out.shape[0] <= 8:
-        # Of an output of one tile of 8 tokens, Pallas drops the dimension of
-        # tiles with its index: a store beyond would go to the first tokens.
-        pl.when(out_token < self.out.shape[0])(store)
+      if self.w.gated:
+        gate, up = gated.apart(value)
+        out[...] = (_silu(gate) * up).astype(out.dtype)
       else:
-        store()
-
-  def partner(self, group):
-    """Who has the up rows to these gate rows, or the other way round."""
-    return lax.rem(group + self.in_half, self.tuning.row_groups)
-
-  def swap(self, group, even, odd, first_use):
-    """silu(gate) * up of the even (with the gate) or odd tokens."""
-    smem, partner = self.smem, self.partner(group)
-
-    @pl.when(jnp.logical_not(first_use))
-    def _():
-      plgpu.barrier_wait(smem["swap_free"].at[partner])
-
-    is_gate = jnp.broadcast_to(group < self.in_half, even.shape)
-    smem["swap"].at[partner][...] = jnp.where(is_gate, odd, even)
-    plgpu.barrier_arrive(smem["swap_full"].at[partner])
-    plgpu.barrier_wait(smem["swap_full"].at[group])
-    theirs = load(smem["swap"].at[group], _WGMMA, optimized=True)
-    plgpu.barrier_arrive(smem["swap_free"].at[group])
-    mine = jnp.where(is_gate, even, odd)
-    gate = jnp.where(is_gate, mine, theirs)
-    up = jnp.where(is_gate, theirs, mine)
-    return _silu(gate) * up
+        out.T[...] = plgpu.layout_cast(value.astype(out.dtype), _TRANSPOSED)
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(
+        out, self.output_tile("out", row, token + i * piece)
+      )
 
 
 def _silu(x):

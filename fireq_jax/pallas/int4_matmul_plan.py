@@ -42,18 +42,19 @@ class Plan:
     self.n_out = n // self.halves
     self.groups = tuning.blocks * max(1, BLOCK // w.group)  # of a step
     self.steps = pl.cdiv(c, BLOCK * tuning.blocks)  # of a tile
-    self.held = tuning.rows // tuning.row_groups  # rows of a consumer
+    # Rows of a consumer, of each projection, and of those it reads.
+    self.held = tuning.rows // tuning.row_groups // self.halves
+    self.span = ROWS // self.halves
     # TMA leaves out what lies beyond the last dimension, here rows not held.
     self.out = jax.ShapeDtypeStruct(
       (t, pl.cdiv(self.n_out, self.held), self.held), out_dtype
     )
-    # Consumers read 64 rows each, of which the last may lie beyond the copied,
-    # or are the rows of another block: `fold` blocks lie below each other.
+    # What a consumer reads may lie beyond the copied, or are the rows of another
+    # block: `fold` blocks lie below each other.
     folds = tuning.rows == FOLDED and tuning.blocks % 2 == 0
     self.fold = 2 if folds and w.group == BLOCK else 1
     self.copied = tuning.rows // self.halves
-    self.in_half = tuning.row_groups // self.halves
-    self.code_rows = max(self.copied, ROWS)
+    self.code_rows = max(self.copied, self.span)
     self.scale_rows = pl.cdiv(self.copied, _SCALE_ROWS) * _SCALE_ROWS
     self.code_copies = 1 if self.copied == self.code_rows else tuning.blocks
     # Of CTAs, or of pairs of them if x is copied to two at once.
@@ -94,13 +95,13 @@ class Plan:
     # Tokens of a tile, that has not been cut, that this CTA finishes.
     self.my_tokens = tuning.tile_t // tuning.split
     # The epilogue handles at most so many tokens at a time, in buffers.
-    piece, self.buffers = (64, 1) if w.gated else (32, 2)
-    self.piece = math.gcd(piece, self.my_tokens // self.cut // self.halves)
-    self.vectors = [v for v in ("row_scale", "bias", "x_scale") if v in inputs]
-
-  def pieces(self, tokens):
-    """How many pieces the epilogue makes of the tokens that a CTA finishes."""
-    return tokens // (self.piece * self.halves)
+    self.piece, self.buffers = math.gcd(32, self.my_tokens // self.cut), 2
+    # What it needs of each row or token, and in how many copies.
+    self.vectors = {
+      name: 1 if name == "x_scale" else self.halves
+      for name in ("row_scale", "bias", "x_scale")
+      if name in inputs
+    }
 
   def scratch(self):
     tuning, inputs = self.tuning, self.inputs
@@ -128,23 +129,25 @@ class Plan:
       ),
       empty=self.slots_empty(),
       out=swizzled(
-        (row_groups, self.buffers, self.piece, ROWS),
+        (row_groups, self.buffers, self.piece, self.span),
         self.out.dtype,
         # Tiles of a copy hold all rows held, or divide them.
-        ROWS if self.out.dtype.itemsize == 2 else math.gcd(self.held, ROWS),
+        self.span
+        if self.out.dtype.itemsize == 2
+        else math.gcd(self.held, self.span),
       ),
       vectors_full=plgpu.Barrier(
-        num_arrivals=len(self.vectors), num_barriers=row_groups
+        num_arrivals=sum(self.vectors.values()), num_barriers=row_groups
       ),
     )
     if self.quantised:
       del scratch["x"]
       scratch["quantised"] = self.quantised.scratch()
-    for name in self.vectors:
+    for name, copies in self.vectors.items():
       dtype = inputs[name].dtype
       unit = _TMA_ALIGNMENT // dtype.itemsize
-      size = self.my_tokens if name == "x_scale" else ROWS
-      shape = row_groups, pl.cdiv(size, unit) * unit
+      size = self.my_tokens if name == "x_scale" else self.span
+      shape = row_groups, copies, pl.cdiv(size, unit) * unit
       scratch[name] = plgpu.SMEM(shape, dtype)
     if "operand" in inputs:
       scratch["operand_full"] = plgpu.Barrier(
@@ -167,10 +170,6 @@ class Plan:
       if tuning.interleave > 1:
         scratch["halves"] = plgpu.SMEM((row_groups, 2, sums), jnp.float32)
         scratch["halves_full"] = plgpu.Barrier(num_barriers=2 * row_groups)
-    if self.w.gated:
-      scratch["swap"] = swizzled((row_groups, ROWS, self.piece), jnp.float32)
-      scratch["swap_full"] = plgpu.Barrier(num_barriers=row_groups)
-      scratch["swap_free"] = plgpu.Barrier(num_barriers=row_groups)
     return scratch
 
   def slots_empty(self):

@@ -7,7 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fireq_jax.pallas import dequant, exchange
+from fireq_jax.pallas import dequant, exchange, gated
 from fireq_jax.pallas.inline import load, sync_warpgroup
 from fireq_jax.pallas.int4_matmul_plan import FOLDED, Plan
 from fireq_jax.pallas.layouts import BLOCK, ROWS
@@ -43,21 +43,22 @@ class Sums(Plan):
       return slot
 
     tokens = pl.ds(0, width)
-    half = lax.div(group, self.in_half)
-    rows = pl.ds(lax.rem(group, self.in_half) * self.held, ROWS)
+    rows = pl.ds(group * self.held, self.span)
 
     def codes(slot, pair):
-      ref = smem["codes"].at[slot, half, pair, rows]
+      if w.gated:
+        return gated.load_codes(smem["codes"].at[slot, :, pair, rows])
+      ref = smem["codes"].at[slot, 0, pair, rows]
       return load(ref, plgpu.Layout.WGMMA_8BIT, optimized=True)
 
     def scales(slot, pair):
       if self.fold > 1:
         groups, rows_of_group = pl.ds(2 * pair, 2), pl.ds(0, FOLDED)
-        ref = smem["scale"].at[slot, half, groups, rows_of_group]
+        ref = smem["scale"].at[slot, 0, groups, rows_of_group]
         return [dequant.flatten_pair(load(ref, dequant.PAIR))]
       count = self.groups // blocks
       return [
-        load(smem["scale"].at[slot, half, pair * count + i, rows], _BY_ROW)
+        gated.load_by_row(smem["scale"].at[slot, :, pair * count + i, rows])
         for i in range(count)
       ]
 

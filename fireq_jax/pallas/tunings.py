@@ -14,7 +14,8 @@ from fireq_jax.pallas.layouts import BLOCK, ROWS, PackedInt4
 
 Mode = Literal["e4m3", "exact", "bf16"]
 _CUT_TOKENS = 64  # parts of tiles have so many, or a multiple
-_SLOW_ROWS = 48  # of a tile where the kernel quantises: 64 are faster then
+# Of a tile where the kernel quantises: 64 and 256 are faster then.
+_SLOW_ROWS = 48, 192
 _CUT_NS = 1500  # that the code for the parts takes longer
 
 
@@ -71,11 +72,10 @@ def choose(t: int, w: PackedInt4, *, quantises: bool = False) -> Tuning:
     ctas //= neighbours
     waves, last = divmod(tiles, ctas)
     if (
-      (rows < ROWS and n % rows)
-      or (w.gated and (tuning.row_groups % 2 or tile_t < 16))
-      or (split > 1 and (w.gated or t <= 8 or tiles * split > ctas))
+      (rows < ROWS and (w.gated or n % rows))
+      or (split > 1 and (t <= 8 or tiles * split > ctas))
       or (cut > 1 and not (waves and 0 < last * cut <= ctas))
-      or (quantises and (t > tile_t or split * cut > 1 or rows == _SLOW_ROWS))
+      or (quantises and (t > tile_t or split * cut > 1 or rows in _SLOW_ROWS))
     ):
       return math.inf, tile_t
     if split > 1:

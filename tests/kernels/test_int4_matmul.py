@@ -155,9 +155,10 @@ def test_impossible_tunings_are_refused(changes):
     Tuning(**{"tile_t": 8, "stages": 4, **changes})
 
 
-def test_a_tuning_for_other_weights_is_refused():
-  (x, w, x_scale), _ = problem(np.random.default_rng(9), 128, 128, 8)
-  tuning = Tuning(tile_t=8, stages=4, rows=48)
+@pytest.mark.parametrize("rows, options", [(48, {}), (32, {"gated": True})])
+def test_a_tuning_for_other_weights_is_refused(rows, options):
+  (x, w, x_scale), _ = problem(np.random.default_rng(9), 128, 128, 8, **options)
+  tuning = Tuning(tile_t=8, stages=4, rows=rows)
   with pytest.raises(ConfigError, match="do not fit"):
     int4_matmul(x, w, x_scale, tuning=tuning)
 
@@ -179,7 +180,7 @@ INTERPRETED = [
   (dict(n=192, c=512, t=7), dict(tile_t=8, stages=4, rows=48, interleave=4)),
   (dict(n=128, c=256, t=1, epilogue="add"), dict(tile_t=8, stages=2, rows=64)),
   (dict(n=256, c=256, t=3, gated=True, bias=True),
-   dict(tile_t=16, stages=2)),
+   dict(tile_t=8, stages=2, rows=64, interleave=2)),
   (dict(n=192, c=384, t=48, epilogue="add", bias=True),
    dict(tile_t=64, stages=2, rows=64, cut=2, ctas=2)),
   (dict(n=320, c=512, t=32),
@@ -203,7 +204,8 @@ INTERPRETED = [
    dict(tile_t=8, stages=4, rows=32, blocks=2, interleave=4)),
   (dict(n=64, c=512, t=8, kind="bf16", lowest=-8),
    dict(tile_t=8, stages=2, rows=32, blocks=2, interleave=2)),
-  (dict(n=256, c=512, t=24, gated=True), dict(tile_t=16, stages=2)),
+  (dict(n=256, c=512, t=24, gated=True, out_dtype=jnp.float32),
+   dict(tile_t=16, stages=2)),
   (dict(n=256, c=384, t=16, kind="exact", epilogue="add", bias=True),
    dict(tile_t=16, stages=2, ahead=True)),
   (dict(n=128, c=256, t=16, kind="bf16", lowest=-8, epilogue="mul"),
@@ -218,7 +220,7 @@ INTERPRETED = [
   (dict(n=96 * 2, c=128, t=8, out_dtype=jnp.float32),
    dict(tile_t=8, stages=2, rows=48)),
   (dict(n=512, c=256, t=16, gated=True, bias=True),
-   dict(tile_t=16, stages=4, rows=256)),
+   dict(tile_t=16, stages=4, rows=192)),
   (dict(n=320, c=256, t=13, epilogue="add", lowest=-8),
    dict(tile_t=16, stages=2, rows=192, ahead=True)),
 ]  # fmt: skip
@@ -326,11 +328,10 @@ def test_tiles_are_shared_or_cut_where_that_fills_the_card():
   assert choice(8, 4096, 14336) == (1, 1)
   assert choice(64, 8192, 4096) == (1, 1)  # enough tiles for all
   assert choice(64, 4096, 1024) == (1, 1)  # not worth an exchange
-  assert choice(64, 4096, 14336, gated=True) == (1, 1)
+  assert choice(64, 4096, 14336, gated=True) == (2, 1)
   assert choice(1024, 22016, 4096) == (1, 4)  # 28 tiles left of 688
   assert choice(1024, 28672, 4096) == (1, 1)  # 104 of 896
   assert choice(256, 22016, 4096) == (1, 1)  # two waves of 192 rows are faster
-  assert choice(256, 22016, 4096, gated=True) == (1, 2)
   assert choice(4096, 4096, 14336, "exact") == (1, 3)  # 44 tiles left of 704
 
 

@@ -111,9 +111,8 @@ def test_every_epilogue_on_the_card(options):
     (t, tunings.choose(t, args[1]))
     for t in (1, 7, 13, 16, 63, 64, 129, 256, 1000)
   ]
-  if not options.get("gated"):
-    wanted_tunings += [(t, tuning) for t in (13, 200) for tuning in CLUSTERS]
-  wanted_tunings += [(t, AHEAD) for t in (13, 200)]
+  for tuning in *CLUSTERS, AHEAD:
+    wanted_tunings += [(t, tuning) for t in (13, 200)]
   cases = []
   for t, tuning in wanted_tunings:
     these = dict(given, tuning=tuning)
