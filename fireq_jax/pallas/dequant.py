@@ -140,7 +140,7 @@ def pick(
       if tables:
         group = index[1] * len(tables) // codes.registers.shape[1]
         table = tables[group][index[0], index[4]]
-      _put(picked, index, _pick(word, table, encoding))
+      _put(picked, index, pick_word(word, table, encoding))
     return [_e4m3(registers) for registers in picked]
 
   rows, half = codes.shape
@@ -167,7 +167,7 @@ def join(
           quad = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
           bits = mgpu.utils.bitcast(x.registers[at], quad)
           parts.append(mgpu.utils.bitcast(bits, i32))
-      _put([out], index, _join(word, parts, encoding))
+      _put([out], index, join_word(word, parts, encoding))
     return _e4m3(out)
 
   return plgpu.inline_mgpu(
@@ -306,15 +306,17 @@ def table_ptx(values: tuple[int, ...]) -> str:
 
 def look_up(word: Any, table: list, encoding: Encoding) -> list:
   """The 8 codes of a word as two vectors of 4 e4m3 values."""
-  words = _join(word, _pick(word, table, encoding), encoding)
+  words = join_word(word, pick_word(word, table, encoding), encoding)
   return [_e4m3_vector(word) for word in words]
 
 
-def _pick(word, table, encoding):
+def pick_word(word: Any, table: list, encoding: Encoding) -> list:
+  """What a word of 8 codes picks from a table; see `pick`."""
   return _asm(len(table), [word, *table], PICK_PTX[encoding])
 
 
-def _join(word, picked, encoding):
+def join_word(word: Any, picked: list, encoding: Encoding) -> list:
+  """The 8 codes of a word as two words of e4m3 values; see `join`."""
   return _asm(2, [word, *picked], JOIN_PTX[encoding])
 
 

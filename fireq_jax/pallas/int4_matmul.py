@@ -56,7 +56,7 @@ from jax.experimental import pallas as pl
 from fireq_jax.config import check
 from fireq_jax.pallas import quantised_operand
 from fireq_jax.pallas.int4_matmul_kernel import Kernel
-from fireq_jax.pallas.int4_matmul_plan import REGISTERS, rows_of
+from fireq_jax.pallas.int4_matmul_plan import MOST_TOKENS, REGISTERS, rows_of
 from fireq_jax.pallas.layouts import BLOCK, ROWS, PackedInt4
 from fireq_jax.pallas.quantised_operand import WARPS
 
@@ -135,6 +135,12 @@ class Tuning:
       "a cluster either shares tiles or copies x to both",
     )
     check(
+      not self.wide
+      or (self.split == self.blocks == 1 and self.tile_t % 16 == 0),
+      "wide tiles of three consumers have steps of one block, and one CTA",
+      got=self,
+    )
+    check(
       self.row_groups * self.interleave in REGISTERS,
       "there are 1 to 4 consumers",
       got=self.row_groups * self.interleave,
@@ -143,6 +149,11 @@ class Tuning:
   @property
   def row_groups(self) -> int:
     return pl.cdiv(self.rows, ROWS)
+
+  @property
+  def wide(self) -> bool:
+    """Whether sums leave so few registers that `int4_quarters` multiplies."""
+    return self.row_groups == 3 and self.tile_t > MOST_TOKENS
 
 
 def supported(
@@ -264,6 +275,11 @@ def int4_matmul(
     out_dtype=out_dtype,
   )
   n, c = w.shape
+  check(
+    not tuning.wide or w.scale.dtype == jnp.float8_e4m3fn,
+    "wide tiles of three consumers are of e4m3 group scales",
+    got=w.scale.dtype,
+  )
   check(
     tuning.rows >= ROWS or (n % tuning.rows == 0 and not w.gated),
     "rows of a tuning do not fit the weight",

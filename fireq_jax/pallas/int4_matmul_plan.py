@@ -14,6 +14,7 @@ from fireq_jax.pallas.quantised_operand import QuantisedOperand
 _SCALE_ROWS = 2 * ROWS  # copied together, for the sake of alignment
 _TMA_ALIGNMENT = 128
 FOLDED = ROWS // 2
+MOST_TOKENS = 192  # of a tile of three consumers, or `int4_quarters` has it
 # Of a consumer's and the producer's threads, by consumers. Together they may
 # not exceed what a CTA starts with, 504, 512 or 480 a lane: it would hang.
 REGISTERS = {1: (232, 40), 2: (240, 24), 3: (160, 32), 4: (112, 32)}

@@ -7,9 +7,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fireq_jax.pallas import dequant, exchange, gated
+from fireq_jax.pallas import dequant, exchange, gated, int4_quarters
 from fireq_jax.pallas.inline import load, sync_warpgroup
-from fireq_jax.pallas.int4_matmul_plan import FOLDED, Plan
+from fireq_jax.pallas.int4_matmul_plan import FOLDED, MOST_TOKENS, Plan
 from fireq_jax.pallas.layouts import BLOCK, ROWS
 
 _WGMMA = plgpu.Layout.WGMMA
@@ -37,8 +37,11 @@ class Sums(Plan):
     first = lax.rem(turn - lax.rem(before, interleave) + interleave, interleave)
     steps = pl.cdiv(self.my_steps - first, interleave)
 
+    def slot_at(i):
+      return lax.rem(before + first + i * interleave, tuning.stages)
+
     def slot_of(i):
-      slot = lax.rem(before + first + i * interleave, tuning.stages)
+      slot = slot_at(i)
       plgpu.barrier_wait(smem["full"].at[slot])
       return slot
 
@@ -84,10 +87,9 @@ class Sums(Plan):
       return jnp.where(row < FOLDED, accs[0][...], accs[1][...])
 
     def release(i):
-      slot = lax.rem(before + first + i * interleave, tuning.stages)
       if self.neighbours > 1:
         sync_warpgroup()  # one thread arrives at the barriers of a cluster
-      plgpu.barrier_arrive(smem["empty"].at[slot])
+      plgpu.barrier_arrive(smem["empty"].at[slot_at(i)])
 
     def scaled(*accs):
       def finish(i):
@@ -111,6 +113,39 @@ class Sums(Plan):
       if self.ahead:
         pl.when(steps > 0)(lambda: finish(steps - 1))
       return result(accs)
+
+    def quarters():
+      place = int4_quarters.place(self.halves)
+
+      def weights(slot):
+        groups = pl.ds(0, self.groups)
+        return dict(
+          place=place,
+          codes=smem["codes"].at[slot, :, 0, rows],
+          scales=smem["scale"].at[slot, :, groups, rows],
+          encoding=w.encoding,
+        )
+
+      def begin(i):
+        return int4_quarters.begin(**weights(slot_of(i)))
+
+      def multiply(i, sums, begun):
+        slot = slot_at(i)
+        x = operand(slot, i, 0, pl.ds(0, BLOCK))
+        return int4_quarters.multiply(sums, begun, x, **weights(slot))
+
+      def step(i, carry):
+        sums = multiply(i, *carry)
+        begun = begin(i + 1)
+        sums = int4_quarters.wait(sums)
+        release(i)
+        return sums, begun
+
+      carry = int4_quarters.zeros(ROWS, width), begin(0)
+      carry = lax.fori_loop(0, steps - 1, step, carry)
+      sums = int4_quarters.wait(multiply(steps - 1, *carry))
+      release(steps - 1)
+      return int4_quarters.whole(sums)
 
     def exact(i, total):
       slot = slot_of(i)
@@ -168,6 +203,8 @@ class Sums(Plan):
       plgpu.wgmma_wait(0)
       return added(total, scale)
 
+    if tuning.wide and width > MOST_TOKENS:
+      return quarters()
     if w.scale.dtype == jnp.float8_e4m3fn:
       return pl.run_scoped(scaled, *acc_types)
     if self.ahead:

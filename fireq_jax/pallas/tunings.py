@@ -75,6 +75,7 @@ def choose(t: int, w: PackedInt4, *, quantises: bool = False) -> Tuning:
       (rows < ROWS and (w.gated or n % rows))
       or (split > 1 and (t <= 8 or tiles * split > ctas))
       or (cut > 1 and not (waves and 0 < last * cut <= ctas))
+      or (tuning.wide and not _has_registers(w, cut))
       or (quantises and (t > tile_t or split * cut > 1 or rows in _SLOW_ROWS))
     ):
       return math.inf, tile_t
@@ -93,6 +94,11 @@ def choose(t: int, w: PackedInt4, *, quantises: bool = False) -> Tuning:
   ]
   best = min(entries + cut, key=cost)[0]
   return _quantising(best, blocks) if quantises else best
+
+
+def _has_registers(w, cut):
+  """Whether a wide tile of this weight is compiled without a spill."""
+  return w.encoding == "sign_magnitude" and not (w.gated and cut > 1)
 
 
 def _quantising(tuning, blocks):

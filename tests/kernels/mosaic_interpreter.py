@@ -18,7 +18,7 @@ import threading
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import callback
+from jax._src import callback, state
 from jax._src import core as jax_core
 from jax._src.pallas.mosaic_gpu import primitives
 from jax._src.pallas.mosaic_gpu.interpret import (
@@ -199,6 +199,8 @@ def _inline(interpreter, eqn, token, values):
     return token, [whole] * len(eqn.outvars)
   if emit.kind == "put_row":
     return _put_row(interpreter, eqn, token, *values), []
+  if emit.kind in ("begin", "multiply"):
+    return _quarters(interpreter, eqn, token, values)
   assert emit.kind == "biased" or emit.encoding == "subnormal"
   return token, [dequantize(values[0], [], emit.encoding)]
 
@@ -227,6 +229,47 @@ def _put_row(interpreter, eqn, token, codes, scale, row, _, *targets):
       source_info=eqn.source_info,
     )
   return token
+
+
+def _quarters(interpreter, eqn, token, values):
+  """Reads what `int4_quarters` does; sums to which products are added, if so.
+
+  What it begins with is not modelled: `multiply` reads all codes and scales.
+  """
+  count = eqn.params["pytree_args"].num_leaves
+  transforms = jax.tree.unflatten(
+    eqn.params["pytree_ref_transforms"], values[count:]
+  )
+  operands = []
+  for i, variable in enumerate(eqn.invars[:count]):
+    ref = variable.aval
+    if not isinstance(ref, state.AbstractRef):
+      continue
+    for transform in transforms[i]:
+      ref = transform.transform_type(ref)
+    token, operand = gpu_callbacks.call_get(
+      token=token,
+      result_shape_and_dtype=jax.ShapeDtypeStruct(ref.shape, ref.dtype),
+      mesh_location=interpreter.mesh_location,
+      thread=interpreter.thread,
+      allocation_key_as_array=values[i],
+      transforms=transforms[i],
+      source_info=eqn.source_info,
+    )
+    operands.append(operand)
+  outs = [v.aval for v in eqn.outvars]
+  if eqn.params["mgpu_fn"].kind == "begin":
+    return token, [jnp.zeros(out.shape, out.dtype) for out in outs]
+  codes, scales, x = operands
+  # Of 16 rows that a warp multiplies, 8 are of a gate and 8 of its up rows.
+  together = lambda x: x.reshape(len(x), -1, 8 * 2 // len(x), x.shape[-1])
+  codes = together(codes).swapaxes(0, 1).reshape(-1, codes.shape[-1])
+  scales = jnp.swapaxes(scales, 0, 1)[..., None]  # [G, H, 64 / H, 1]
+  scales = [together(x).swapaxes(0, 1).reshape(-1) for x in scales]
+  weights = dequantize(codes, scales, eqn.params["mgpu_fn"].encoding)
+  weights, x = weights.astype(jnp.float32), x.astype(jnp.float32)
+  products = jnp.split(weights @ x.T, len(outs), axis=1)
+  return token, [a + b for a, b in zip(values, products)]
 
 
 def _accumulator_store(interpreter, eqn, token, values):

@@ -7,7 +7,7 @@ import numpy as np
 import ptx
 import pytest
 
-from fireq_jax.pallas import dequant
+from fireq_jax.pallas import dequant, int4_quarters
 
 E4M3 = ml_dtypes.float8_e4m3fn
 SCALED = "sign_magnitude", "twos_complement"
@@ -107,3 +107,17 @@ def test_bf16_codes_are_the_codes():
       bits = np.array([pair & 0xFFFF, pair >> 16], np.uint16)
       got = bits.view(ml_dtypes.bfloat16).astype(np.float32)
       np.testing.assert_array_equal(got, codes[[i, 4 + i]])
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+def test_a_thread_finds_its_words_in_swizzled_rows(halves):
+  thread = np.arange(256)
+  place = int4_quarters.place_ptx(halves)
+  start = ptx.run(place, {"%tid.x": thread})["$0"]
+  lane, warp = thread % 32, thread // 32 % 4
+  row = 16 // halves * warp + lane // 4
+  np.testing.assert_array_equal(start >> 6, row)
+  for unit in range(4):  # of 16 bytes; four threads share one
+    swizzled = unit ^ (row // 2 % 4)
+    wanted = 64 * row + 16 * swizzled + 4 * (lane % 4)
+    np.testing.assert_array_equal(start ^ 16 * unit, wanted)
