@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from fireq_jax.pallas import dequant, mbarrier
+from fireq_jax.pallas import dequant
 from fireq_jax.pallas.inline import (
   ONE_A_THREAD,
   array,
@@ -84,9 +84,7 @@ def fill_tables(tables: Any, encoding: Encoding) -> None:
   """Writes the table of every scale; each warpgroup writes them all.
 
   Args:
-    tables: i32 [256, 2 or 4] in shared memory, by the bits of the scale. Only
-      the first 128 are written: there are no others, but in place of a slot
-      that has not come any bits may be looked up.
+    tables: i32 [128, 2 or 4] in shared memory, by the bits of the scale.
     encoding: of the codes; the table of "sign_magnitude" begins the other.
   """
 
@@ -198,34 +196,6 @@ def weights(loaded: list[jax.Array], encoding: Encoding) -> jax.Array:
   )(emit)(*loaded)
 
 
-def store_peaks(values: jax.Array, target: Any, layout: Any) -> None:
-  """Stores the largest value of each row, of which none is negative.
-
-  Args:
-    values: f32 [4, 128].
-    target: f32 [4] in shared memory.
-    layout: of values: warp s has row s.
-  """
-  text = f"""{{{_WARP_AND_LANE}
-    .reg .pred p;
-    .reg .b32 a;
-    max.u32 i, $1, $2;
-    max.u32 a, $3, $4;
-    max.u32 i, i, a;
-    redux.sync.max.u32 i, i, 0xffffffff;
-    setp.eq.u32 p, l, 0;
-    mad.lo.u32 a, w, 4, $0;
-    @p st.shared.b32 [a], i;
-    }}"""
-
-  def emit(_, values, target):
-    [register] = values.registers.flat
-    bits = [mgpu.utils.bitcast(value, i32()) for value in elements(register)]
-    fixed_assembly(text, [shared_address(target), *bits], "r,r,r,r,r")
-
-  plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()))(emit)(values, target)
-
-
 def store_activations(
   codes: jax.Array, target: Any, token: int, padded: int, layout: Any
 ) -> None:
@@ -330,115 +300,157 @@ def store_sums(acc: jax.Array, target: Any, padded: int) -> None:
   )
 
 
+def fetch(
+  row_scales: list, residual: Any, row: jax.Array, *, tokens: int
+) -> list[jax.Array]:
+  """Loads what `finish` needs of a tile, well before it is needed.
+
+  Args:
+    row_scales: f32 [N] in global memory, starting at each half.
+    residual: bf16 [T, n / 128, 128] to be added, or None.
+    row: the first row of the tile.
+    tokens: T.
+
+  Returns:
+    f32 [128], one a thread, of each row scale, then 32 bits that hold the
+    residual: thread 16 t + r has row r of token t. `finish` is the first to
+    touch them, so that nothing waits for what is on its way.
+  """
+  count = len(row_scales) + (residual is not None)
+  loads = [
+    f"add.u64 p, g, ${count + 1 + i}; @q ld.global.b32 ${i}, [p];"
+    for i in range(len(row_scales))
+  ]
+  if residual is not None:
+    n = residual.shape[1] * residual.shape[2]
+    loads.append(f"""mad.lo.u32 b, t, {n}, k;
+    mul.wide.u32 g, b, 2;
+    add.u64 g, g, ${2 * count};
+    @q ld.global.u16 ${count - 1}, [g];""")
+  zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(count))
+  text = f"""{{
+    .reg .pred q;
+    .reg .b32 i, t, k, b;
+    .reg .b64 g, p;
+    {zeros}
+    mov.u32 i, %tid.x;
+    bfe.u32 t, i, 4, 3;
+    and.b32 k, i, 15;
+    add.u32 k, k, ${count};
+    setp.lt.u32 q, t, {tokens};
+    mul.wide.u32 g, k, 4;
+    {" ".join(loads)}
+    }}"""
+
+  def emit(_, row, *refs):
+    operands = [*row.registers.flat, *map(global_address, refs)]
+    values = run_words(count, text, operands, "r" + ",l" * len(refs))
+    f32 = ir.F32Type.get()
+    return [one_a_thread(mgpu.utils.bitcast(x, f32)) for x in values]
+
+  refs = row_scales + ([] if residual is None else [residual])
+  struct = plgpu.ShapeDtypeStruct((128,), jnp.float32, ONE_A_THREAD)
+  return plgpu.inline_mgpu(
+    arg_types=(plgpu.Layout.WG_SPLAT(()), *(plgpu.RefType() for _ in refs)),
+    return_type=[struct] * count,
+  )(emit)(row, *refs)
+
+
+def nothing_fetched(halves: int, residual: Any) -> list[jax.Array]:
+  """Zeros in place of what `fetch` returns, before the first tile."""
+  zeros = jnp.zeros(128, jnp.float32)
+  count = halves + (residual is not None)
+  return [plgpu.layout_cast(zeros, ONE_A_THREAD)] * count
+
+
 def finish(
   sums: Any,
   a_scale: Any,
-  row_scales: list,
-  residual: Any,
+  fetched: list[jax.Array],
   out: Any,
   row: jax.Array,
-  full: tuple[Any, jax.Array, jax.Array],
   *,
+  halves: int,
   tokens: int,
   padded: int,
 ) -> None:
-  """Adds up the sums of a tile and stores 16 rows of the result, in one warp.
-
-  Lane 16 t + r has row r of token t, and then of every second one.
+  """Adds up the sums of a tile and stores 16 rows of the result.
 
   Args:
     sums: f32 [halves, 16, padded, 16] in shared memory.
     a_scale: f32 [T] in shared memory, or longer.
-    row_scales: f32 [N] in global memory, starting at each half.
-    residual: bf16 [T, n / 128, 128] to be added, or None.
-    out: the same.
+    fetched: what `fetch` returned for the tile.
+    out: bf16 [T, n / 128, 128].
     row: the first row.
-    full: a barrier to be awaited first, as `mbarrier.wait` has it.
+    halves: 2 for a gate and an up projection, else 1.
     tokens: T.
     padded: tokens in `sums`.
   """
   n = out.shape[1] * out.shape[2]
-  parts, halves = 16, len(row_scales)
-  passes = range(0, tokens, 2)
-  fetch, lines = [], []
+  parts = 16
+  lines = []
   for half in range(halves):
-    fetch.append(f"add.u64 p, g, ${7 + half}; ld.global.f32 y{half}, [p];")
-  for first in passes:
-    if residual is not None:
-      fetch.append(f"""add.u32 b, t, {first};
-      setp.lt.u32 q, b, {tokens};
-      mad.lo.u32 b, b, {n}, k;
-      mul.wide.u32 g, b, 2;
-      add.u64 g, g, ${7 + halves};
-      @q ld.global.u16 h{first}, [g];""")
-    lines.append(f"""add.u32 b, t, {first};
-    setp.ge.u32 q, b, {tokens};
-    @q bra DONE;
-    shl.b32 c, b, 2;
-    add.u32 c, c, $1;
-    ld.shared.f32 x, [c];""")
-    for half in range(halves):
-      for part in range(parts):
-        at = 64 * (padded * (parts * half + part) + first)
-        lines.append(f"ld.shared.f32 s{part}, [a + {at}];")
-      width = parts
-      while width > 1:
-        width //= 2
-        lines += [f"add.f32 s{i}, s{i}, s{i + width};" for i in range(width)]
-      lines.append(f"mul.f32 s0, s0, y{half}; mul.f32 z{half}, s0, x;")
-    if halves == 2:
-      lines.append("""mul.f32 x, z0, 0fBFB8AA3B;
-      ex2.approx.ftz.f32 x, x;
-      add.f32 x, x, 0f3F800000;
-      div.full.f32 z0, z0, x;
-      mul.f32 z0, z0, z1;""")
-    elif residual is not None:
-      lines.append(f"""cvt.u32.u16 c, h{first};
-      shl.b32 c, c, 16;
-      mov.b32 x, c;
-      add.f32 z0, z0, x;""")
-    lines.append(f"""mad.lo.u32 b, b, {n}, k;
-    mul.wide.u32 g, b, 2;
-    add.u64 g, g, $3;
-    cvt.rn.bf16.f32 h{first}, z0;
-    st.global.b16 [g], h{first};""")
-  names = lambda letter, many: ", ".join(f"{letter}{i}" for i in many)
+    for part in range(parts):
+      at = 64 * padded * (parts * half + part)
+      lines.append(f"ld.shared.f32 s{part}, [a + {at}];")
+    width = parts
+    while width > 1:
+      width //= 2
+      lines += [f"add.f32 s{i}, s{i}, s{i + width};" for i in range(width)]
+    lines.append(f"mul.f32 s0, s0, ${4 + half}; mul.f32 y{half}, s0, x;")
+  if halves == 2:
+    lines.append("""mul.f32 r, y0, 0fBFB8AA3B;
+    ex2.approx.ftz.f32 r, r;
+    add.f32 r, r, 0f3F800000;
+    div.full.f32 y0, y0, r;
+    mul.f32 y0, y0, y1;""")
+  elif len(fetched) > halves:
+    lines.append("mov.b32 b, $5; shl.b32 b, b, 16;")
+    lines.append("mov.b32 r, b; add.f32 y0, y0, r;")
+  registers = ", ".join(f"s{i}" for i in range(parts))
   text = f"""{{
     .reg .pred q;
-    .reg .b32 t, k, a, b, c;
-    .reg .b64 g, p;
-    .reg .b16 {names("h", passes)};
-    .reg .f32 x, y0, y1, z0, z1, {names("s", range(parts))};
-    mov.u32 t, %laneid;
-    and.b32 k, t, 15;
+    .reg .b32 i, t, k, a, b;
+    .reg .b64 o;
+    .reg .b16 h;
+    .reg .f32 {registers};
+    .reg .f32 r, x, y0, y1;
+    mov.u32 i, %tid.x;
+    bfe.u32 t, i, 4, 3;
+    and.b32 k, i, 15;
+    setp.ge.u32 q, t, {tokens};
+    @q bra DONE;
     shl.b32 a, t, 2;
+    add.u32 a, a, $1;
+    ld.shared.f32 x, [a];
+    shl.b32 a, t, 4;
+    add.u32 a, a, k;
+    shl.b32 a, a, 2;
     add.u32 a, a, $0;
-    shr.u32 t, t, 4;
-    add.u32 k, k, $2;
-    mul.wide.u32 g, k, 4;
-    {" ".join(fetch)}
-    {mbarrier.wait_ptx("$4", "$5", "$6")}
     {" ".join(lines)}
+    mad.lo.u32 a, t, {n}, k;
+    add.u32 a, a, $2;
+    mul.wide.u32 o, a, 2;
+    add.u64 o, o, $3;
+    cvt.rn.bf16.f32 h, y0;
+    st.global.b16 [o], h;
     DONE:
     }}"""
-  full, *scalars = full
 
-  def emit(_, sums, a_scale, row, out, full, index, completed, *refs):
+  def emit(_, sums, a_scale, row, out, *fetched):
+    [row] = row.registers.flat
+    values = [elements(x.registers[0])[0] for x in fetched]
     operands = [
       shared_address(sums),
       shared_address(a_scale),
-      *row.registers.flat,
+      row,
       global_address(out),
-      shared_address(full),
-      *index.registers.flat,
-      *completed.registers.flat,
-      *map(global_address, refs),
+      *values,
     ]
-    fixed_assembly(text, operands, "r,r,r,l,r,r,r" + ",l" * len(refs))
+    fixed_assembly(text, operands, "r,r,r,l" + ",f" * len(values))
 
-  refs = row_scales + ([] if residual is None else [residual])
-  ref, scalar = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
-  kinds = (ref, ref, scalar, ref, ref, scalar, scalar, *(ref for _ in refs))
-  plgpu.inline_mgpu(arg_types=kinds)(emit)(
-    sums, a_scale, row, out, full, *scalars, *refs
-  )
+  ref = plgpu.RefType()
+  layouts = [ONE_A_THREAD] * len(fetched)
+  plgpu.inline_mgpu(
+    arg_types=(ref, ref, plgpu.Layout.WG_SPLAT(()), ref, *layouts)
+  )(emit)(sums, a_scale, row, out, *fetched)

@@ -27,7 +27,7 @@ _LAYOUT = plgpu.Layout.TILED(
   vector_dim=-1,
 )
 _ALIKE = plgpu.Layout.TILED(  # the same in each thread
-  plgpu.Tiling(((4,),)),
+  plgpu.Tiling(((4 * _CONSUMERS,),)),
   warp_dims=(plgpu.Replicated(4),),
   lane_dims=(plgpu.Replicated(32),),
   vector_dim=-1,
@@ -81,9 +81,6 @@ def quantize(
       return x
     return [v * g.astype(jnp.float32) for v, g in zip(x, gains)]
 
-  def quarters(ref, t):
-    return [load(ref.at[t, pl.ds(4 * i, 4)], _ALIKE) for i in range(4)]
-
   held = {}
   for first in range(0, tokens, len(rows(0))):
     held = {t: loaded(t) for t in rows(first)}
@@ -92,24 +89,19 @@ def quantize(
       if gain is not None:
         squares.at[t, mine][...] = jnp.sum(sum(v * v for v in x), axis=1)
       peak = functools.reduce(jnp.maximum, map(jnp.abs, scaled(x)))
-      pieces.store_peaks(peak, peaks.at[t, mine], _LAYOUT)
+      peaks.at[t, mine][...] = jnp.max(peak, axis=1)
   grid.consumers_barrier()
-  scales = []
   for t in range(tokens):
     if t not in held:
       held = {t: loaded(t) for t in rows(t)}
     y = scaled([v.astype(jnp.float32) for v in held[t]])
-    peak = jnp.max(functools.reduce(jnp.maximum, quarters(peaks, t)))
-    scale = peak * (1 / 448)
+    scale = jnp.max(load(peaks.at[t], _ALIKE)) * (1 / 448)
     scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
     for k, value in zip(parts, y):
       codes = divide(value, scale, _LAYOUT).astype(a.dtype)
       pieces.store_activations(codes, a.at[k], t, padded, _LAYOUT)
-    scales.append(scale)
-  plgpu.commit_smem()
-  # Norms are not needed before a tile is finished.
-  for t, scale in enumerate(scales):
     if gain is not None:
-      mean = jnp.sum(sum(quarters(squares, t))) / (blocks * BLOCK)
+      mean = jnp.sum(load(squares.at[t], _ALIKE)) / (blocks * BLOCK)
       scale *= lax.rsqrt(mean + eps)
     a_scale[wg, t] = scale
+  plgpu.commit_smem()

@@ -14,11 +14,10 @@ ahead of the stages as far as its ring of shared memory reaches, through the
 grid barriers between them:
 
   producer    | TMA: codes and scales, stage after stage, tile after tile ...
-  consumer 0  | norm, e4m3 | k 0, 4, .. | k 0, 4, ..  |  grid barrier
-  consumer 1  | norm, e4m3 | k 1, 5, .. | k 1, 5, ..  |  and so on
-  consumer 2  | norm, e4m3 | k 2, 6, .. | k 2, 6, ..  |
-  consumer 3  | norm, e4m3 | k 3, 7, .. | k 3, 7, ..  |
-  finisher    |            |            | a tile      | a tile, then arrives
+  consumer 0  | norm, e4m3 | k 0, 4, .. | k 0, 4, ..  | finish |  grid barrier
+  consumer 1  | norm, e4m3 | k 1, 5, .. | k 1, 5, ..  |        |  and so on
+  consumer 2  | norm, e4m3 | k 2, 6, .. | k 2, 6, ..  |        |
+  consumer 3  | norm, e4m3 | k 3, 7, .. | k 3, 7, ..  |        |
 
 Tiles. All SMs must pull equally many bytes, so a tile has only 16 rows of w.
 wgmma multiplies 64: they are the 16 rows at 4 consecutive blocks of 128 along
@@ -26,11 +25,10 @@ C, which the TMA leaves in shared memory in just this order, and there are 4
 columns per token, one for each block. Of the product [64, 4 T] only the block
 diagonal means something: warp s of a consumer holds 16 rows at block s and
 keeps column s of each token. The sums over blocks and consumers are finished
-through shared memory, in a fixed order, by a warp that does nothing else.
+through shared memory, in a fixed order, by the consumers in turn.
 
-Consumers are what all wait for, so they do little else than convert codes: the
-e4m3 tables of all scales lie in shared memory, and what they need of a slot is
-loaded while they multiply the one before, across tiles and grid barriers.
+Consumers are what all wait for, so they convert codes by e4m3 tables of all
+scales, which lie in shared memory.
 
 The activations of a whole row, e4m3, stay in shared memory. Each consumer
 quantises just the channels it will multiply; thread t of a quad loads the 16
@@ -51,7 +49,7 @@ from fireq_jax.pallas import chain_pieces as pieces
 from fireq_jax.pallas import chain_rows, grid, mbarrier
 from fireq_jax.pallas.dequant import CODES
 from fireq_jax.pallas.device import one_by_one
-from fireq_jax.pallas.inline import fence_async_proxy, sync_warpgroup
+from fireq_jax.pallas.inline import fence_async_proxy
 from fireq_jax.pallas.layouts import BLOCK, Encoding, PackedInt4
 
 Stage = tuple[PackedInt4, jax.Array | None]
@@ -60,9 +58,8 @@ MAX_TOKENS = 4
 FASTER = 3  # most tokens for which this is faster than a kernel a matmul
 _ROWS = 16  # of a tile
 _CONSUMERS = 4
-_FINISHER = (4 * _CONSUMERS + 1) * 32  # first thread of its warp
 _STEP = 4 * _CONSUMERS  # blocks of a slot of the ring: 4 for each consumer
-_BUFFERS = 4  # of tiles whose sums wait to be finished
+_FINISHERS = 4  # tiles whose sums wait to be finished, a consumer each
 _UNDERWAY = 2  # slots that are being copied at most
 CTAS = 132  # one a multiprocessor: they must all run at a time
 _SHARED_BYTES = 227 * 1024
@@ -208,163 +205,141 @@ def _call(x, a, stages, counters, *, eps):
       lax.fori_loop(0, count, step, None)
       return done + count
 
-    def finish(stage, done):
-      """Completes the tiles of a stage; returns those ever completed."""
-      halves = range(stage.halves)
-      scales = [stage.row_scale.at[pl.ds(i * stage.n, stage.n)] for i in halves]
-
-      def tile(i, _):
-        number = done + i
-        buffer, turns = lax.rem(number, _BUFFERS), lax.div(number, _BUFFERS)
-        pieces.finish(
-          smem["sums"].at[buffer],
-          smem["a_scale"].at[0],
-          scales,
-          stage.residual,
-          stage.out,
-          first_row(i),
-          (smem["sums_full"], buffer, turns),
-          tokens=tokens,
-          padded=padded,
-        )
-        mbarrier.arrive(smem["sums_free"], buffer)
-
-      count = tiles(stage)
-      lax.fori_loop(0, count, tile, None)
-      if stage is not plan[-1]:
-
-        @pl.when(count > 0)
-        def _():
-          grid.arrive(counters_gmem, _FINISHER)
-
-      return done + count
-
     @pl.when(wg == _CONSUMERS)
     def _():
       plgpu.set_max_registers(_REGISTERS["producer"], action="decrease")
-      # Consumers come to these once something has been copied.
-      mbarrier.init(smem["empty"], 4 * _CONSUMERS)
-      mbarrier.init(smem["sums_full"], 4 * _CONSUMERS)
-      mbarrier.init(smem["sums_free"], 1)
-      sync_warpgroup()
 
       @plgpu.warp_map
       def _(warp):
         @pl.when(warp == 0)
         def _():
+          # Others use them once something has been copied.
+          mbarrier.init(smem["empty"], _CONSUMERS)
           functools.reduce(lambda done, s: copy(s, done), plan, jnp.int32(0))
 
-        @pl.when(warp == 1)
-        def _():
-          functools.reduce(lambda done, s: finish(s, done), plan, jnp.int32(0))
-
-    def load_slot(stage, slot, there):
-      """What a thread needs of a slot, if there is one."""
+    def load_slot(slot, encoding):
       mine = pl.ds(wg * 4, 4)
-
-      @pl.when(there)
-      def _():
-        plgpu.barrier_wait(smem["full"].at[slot])
-
+      plgpu.barrier_wait(smem["full"].at[slot])
       loaded = pieces.load_weights(
         smem["codes"].at[slot, mine],
         smem["scale"].at[slot, mine],
         smem["tables"],
-        stage.encoding,
+        encoding,
       )
-
-      @pl.when(there)
-      def _():
-        mbarrier.arrive(smem["empty"], slot)
-
+      mbarrier.arrive(smem["empty"], slot)
       return loaded
 
-    def multiply(stage, slot, loaded, more, *accs):
-      """Products of a tile, one for each half, from `slot` on.
-
-      Args:
-        stage: the stage.
-        slot: the first of the tile.
-        loaded: what is loaded of it.
-        more: whether another tile of the stage follows.
-        *accs: accumulators.
-
-      Returns:
-        The products, the slot after them, and what is loaded of it.
-      """
+    def multiply(stage, slot, *accs):
+      """Products of a tile, one for each half, from `slot` on."""
       parts = [(acc, k) for acc in accs for k in range(stage.steps)]
+      loaded = load_slot(slot, stage.encoding)
       # In one body, so that codes are loaded and converted while wgmma runs.
       for i, (acc, k) in enumerate(parts):
         this = loaded
-        slot = lax.select(slot == slots - 1, 0, slot + 1)
-        there = more if i + 1 == len(parts) else True
-        loaded = load_slot(stage, slot, there)
+        if i + 1 < len(parts):
+          slot = lax.select(slot == slots - 1, 0, slot + 1)
+          loaded = load_slot(slot, stage.encoding)
         weights = pieces.weights(this, stage.encoding)
         plgpu.wgmma(acc, weights, smem["a"].at[k * _CONSUMERS + wg].T)
         plgpu.wgmma_wait(1)
       plgpu.wgmma_wait(0)
-      return [acc[...] for acc in accs], slot, loaded
+      return [acc[...] for acc in accs]
 
-    def consume(stage, done, slot, loaded):
-      """Computes a stage; returns tiles ever computed, and the next slot."""
-      count = tiles(stage)
+    def fetch(stage, row):
+      halves = range(stage.halves)
+      scales = [stage.row_scale.at[pl.ds(i * stage.n, stage.n)] for i in halves]
+      return pieces.fetch(scales, stage.residual, row, tokens=tokens)
 
-      def tile(i, carry):
-        slot, loaded = carry
-        number = done + i
-        buffer, turns = lax.rem(number, _BUFFERS), lax.div(number, _BUFFERS)
-        products, slot, loaded = pl.run_scoped(
-          functools.partial(multiply, stage, slot, loaded, i + 1 < count),
-          *[plgpu.ACC((64, 4 * padded), jnp.float32)] * stage.halves,
+    def finish(stage, tile, number, fetched):
+      buffer = lax.rem(number, _FINISHERS)
+
+      @pl.when(wg == buffer)
+      def _():
+        turns = lax.div(number, _FINISHERS)
+        mbarrier.wait(smem["sums_full"], buffer, turns)
+        pieces.finish(
+          smem["sums"].at[buffer],
+          smem["a_scale"].at[wg],
+          fetched,
+          stage.out,
+          first_row(tile),
+          halves=stage.halves,
+          tokens=tokens,
+          padded=padded,
         )
+        mbarrier.arrive(smem["sums_free"], buffer)
 
-        @pl.when(number >= _BUFFERS)
+    def consume(stage, tiles_done, slots_done):
+      """Computes a stage; returns tiles and slots ever used."""
+      slots_of_tile = stage.halves * stage.steps
+
+      def tile(i, before):
+        number = tiles_done + i
+        buffer = lax.rem(number, _FINISHERS)
+        fetched = fetch(stage, first_row(i))
+
+        @pl.when(number >= _FINISHERS)
         def _():
+          turns = lax.div(number, _FINISHERS)
           mbarrier.wait(smem["sums_free"], buffer, turns - 1)
 
+        slot = lax.rem(slots_done + i * slots_of_tile, slots)
+        products = pl.run_scoped(
+          functools.partial(multiply, stage, slot),
+          *[plgpu.ACC((64, 4 * padded), jnp.float32)] * stage.halves,
+        )
         for half, product in enumerate(products):
           target = smem["sums"].at[buffer, half, pl.ds(wg * 4, 4)]
           pieces.store_sums(product, target, padded)
         mbarrier.arrive(smem["sums_full"], buffer)
-        return slot, loaded
 
-      slot, _ = lax.fori_loop(0, count, tile, (slot, loaded))
-      # Who has nothing to finish arrives once it has passed the last barrier.
-      if stage is not plan[-1]:
-
-        @pl.when(count == 0)
+        # A tile is finished after the next one is computed: by then all
+        # consumers are through with it, and what it needs has arrived.
+        @pl.when(i > 0)
         def _():
-          grid.arrive(counters_gmem, 0)
+          finish(stage, i - 1, number - 1, before)
 
-      return done + count, slot
+        return fetched
 
-    def quantize(stage, wait):
-      memory = [smem[name] for name in ("a", "a_scale", "squares", "peaks")]
-      chain_rows.quantize(stage.source, stage.gain, wg, wait, *memory, eps=eps)
+      count = tiles(stage)
+      nothing = pieces.nothing_fetched(stage.halves, stage.residual)
+      fetched = lax.fori_loop(0, count, tile, nothing)
+
+      @pl.when(count > 0)
+      def _():
+        finish(stage, count - 1, tiles_done + count - 1, fetched)
+
+      return tiles_done + count, slots_done + count * slots_of_tile
 
     @pl.when(wg < _CONSUMERS)
     def _():
       plgpu.set_max_registers(_REGISTERS["consumer"], action="increase")
+
+      @pl.when(wg == 0)
+      def _():
+        mbarrier.init(smem["sums_full"], _CONSUMERS)
+        mbarrier.init(smem["sums_free"], 1)
+
       pieces.fill_tables(smem["tables"], encoding)
-      done, slot, passed = jnp.int32(0), jnp.int32(0), None
+      done, passed = (jnp.int32(0), jnp.int32(0)), None
       for i, stage in enumerate(plan):
-        first = functools.partial(load_slot, stage, slot, tiles(stage) > 0)
         if i:
-          loaded = first()
-          wait = lambda i=i: grid.wait(counters_gmem, i * CTAS)
-          quantize(stage, wait)
+          wait = lambda i=i: grid.grid_barrier(counters_gmem, i * CTAS)
         else:
-          quantize(stage, lambda: None)
-          loaded = first()
+          wait = lambda: None
+        memory = [smem[name] for name in ("a", "a_scale", "squares", "peaks")]
+        chain_rows.quantize(
+          stage.source, stage.gain, wg, wait, *memory, eps=eps
+        )
         if i == len(plan) - 1:
           passed = grid.count_passed(counters_gmem)
-        done, slot = consume(stage, done, slot, loaded)
+        done = consume(stage, *done)
       grid.leave(counters_gmem, passed, CTAS)
 
   scratch = dict(
     codes=plgpu.SMEM((slots, _STEP, 4, 256), jnp.uint8),
     scale=plgpu.SMEM((slots, _STEP, _ROWS), _F8),
-    tables=plgpu.SMEM((256, 2 * tables), jnp.int32),
+    tables=plgpu.SMEM((128, 2 * tables), jnp.int32),
     a=plgpu.SMEM(
       (blocks // 4, 4 * padded, BLOCK), _F8, transforms=pieces.SWIZZLED
     ),
@@ -372,12 +347,12 @@ def _call(x, a, stages, counters, *, eps):
     squares=plgpu.SMEM((tokens, 4 * _CONSUMERS), jnp.float32),
     peaks=plgpu.SMEM((tokens, 4 * _CONSUMERS), jnp.float32),
     sums=plgpu.SMEM(
-      (_BUFFERS, halves, 4 * _CONSUMERS, padded, _ROWS), jnp.float32
+      (_FINISHERS, halves, 4 * _CONSUMERS, padded, _ROWS), jnp.float32
     ),
     full=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
     empty=mbarrier.barriers(slots),
-    sums_full=mbarrier.barriers(_BUFFERS),
-    sums_free=mbarrier.barriers(_BUFFERS),
+    sums_full=mbarrier.barriers(_FINISHERS),
+    sums_free=mbarrier.barriers(_FINISHERS),
   )
   outs = plgpu.kernel(
     kernel,
@@ -484,7 +459,7 @@ def _ring_slots(tokens, stages):
   padded = _padded(tokens)
   longest = max(_steps(w) for w, _ in stages) * _STEP * BLOCK
   halves = max(_halves(w) for w, _ in stages)
-  sums = _BUFFERS * halves * 4 * _CONSUMERS * padded * _ROWS * 4
+  sums = _FINISHERS * halves * 4 * _CONSUMERS * padded * _ROWS * 4
   used = padded * longest + sums + 12 * 1024
   slot = _STEP * _ROWS * (BLOCK // 2 + 1)
   return min(10, (_SHARED_BYTES - used) // slot)

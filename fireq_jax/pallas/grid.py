@@ -28,36 +28,21 @@ def consumers_barrier() -> None:
   plgpu.inline_mgpu()(emit)()
 
 
-def arrive(counters: Any, thread: int) -> None:
-  """A thread counts the CTA as one that has written what it had to.
+def grid_barrier(counters: Any, arrivals: int) -> None:
+  """Waits until the consumers of `arrivals` CTAs have been here.
 
-  What its warp wrote to global memory before is visible after a `wait`.
+  What they wrote to global memory before is visible after.
   """
 
   def emit(_, counters):
     text = f"""{{
     .reg .pred p;
-    .reg .b32 i;
-    mov.u32 i, %tid.x;
-    setp.eq.u32 p, i, {thread};
-    bar.warp.sync 0xffffffff;
-    @p red.release.gpu.global.add.u32 [$0], 1;
-    }}"""
-    fixed_assembly(text, [global_address(counters)], "l")
-
-  plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(emit)(counters)
-
-
-def wait(counters: Any, arrivals: int) -> None:
-  """The consumers of a CTA wait for `arrivals`."""
-
-  def emit(_, counters):
-    text = f"""{{
-    .reg .pred p;
     .reg .b32 i, n;
+    bar.sync {_BARRIER}, {_THREADS};
     mov.u32 i, %tid.x;
     setp.ne.u32 p, i, 0;
     @p bra JOIN;
+    red.release.gpu.global.add.u32 [$0], 1;
     WAIT:
     ld.acquire.gpu.global.u32 n, [$0];
     setp.lt.u32 p, n, {arrivals};

@@ -13,18 +13,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from fireq_jax.pallas.inline import fixed_assembly, shared_address
 
+_WARPS = 4  # of a warpgroup
+
 
 def barriers(count: int) -> Any:
   """Shared memory for barriers; `init` comes before their use."""
   return plgpu.SMEM((count, 2), jnp.int32)
 
 
-def init(ref: Any, warps: int) -> None:
+def init(ref: Any, arrivals: int) -> None:
   """Sets up barriers, in a warpgroup or its first warp, before others use them.
 
   Args:
     ref: of `barriers`, 32 at most.
-    warps: that arrive.
+    arrivals: of whole warpgroups.
   """
   text = f"""{{
     .reg .pred p;
@@ -33,14 +35,14 @@ def init(ref: Any, warps: int) -> None:
     and.b32 i, i, 127;
     setp.lt.u32 p, i, {ref.shape[0]};
     mad.lo.u32 a, i, 8, $0;
-    @p mbarrier.init.shared.b64 [a], {warps};
+    @p mbarrier.init.shared.b64 [a], {_WARPS * arrivals};
     bar.warp.sync 0xffffffff;
     }}"""
   _run(text, ref)
 
 
 def arrive(ref: Any, index: jax.Array) -> None:
-  """Each warp arrives, once what its threads did before is visible."""
+  """A warpgroup arrives, once what its threads did before is visible."""
   text = """{
     .reg .pred p;
     .reg .b32 l;
@@ -55,20 +57,16 @@ def arrive(ref: Any, index: jax.Array) -> None:
 
 def wait(ref: Any, index: jax.Array, completed: jax.Array) -> None:
   """Waits for one completion more than the `completed` there have been."""
-  _run(wait_ptx("$0", "$1", "$2"), ref, index, completed)
-
-
-def wait_ptx(barriers: str, index: str, completed: str) -> str:
-  """The same as PTX."""
-  return f"""{{
+  text = """{
     .reg .pred p;
     .reg .b32 a, c;
-    mad.lo.u32 a, {index}, 8, {barriers};
-    and.b32 c, {completed}, 1;
+    mad.lo.u32 a, $1, 8, $0;
+    and.b32 c, $2, 1;
     WAIT:
     mbarrier.try_wait.parity.shared.b64 p, [a], c;
     @!p bra WAIT;
-    }}"""
+    }"""
+  _run(text, ref, index, completed)
 
 
 def _run(text, ref, *scalars):
