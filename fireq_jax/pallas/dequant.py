@@ -27,9 +27,7 @@ For bf16 activations a nibble (code + 8) is the low mantissa of a bf16 in
 [128, 144), from which 136 is subtracted: exact too.
 """
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +35,9 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, nvvm
+from jaxlib.mlir.dialects import llvm
 
-from fireq_jax.pallas.inline import array, inline
+from fireq_jax.pallas.inline import Inlined, array, inline
 from fireq_jax.pallas.layouts import Encoding
 
 _A8 = plgpu.Layout.WGMMA_8BIT
@@ -101,18 +99,6 @@ JOIN_PTX = {
     and.b32 $1, t, 0x87878787;
     }""",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Inlined:
-  """Emits instructions; the rest tells a simulator what they compute."""
-
-  emit: Callable[..., Any]
-  kind: Literal["pick", "join", "biased", "fence"]
-  encoding: Encoding | None = None
-
-  def __call__(self, *args):
-    return self.emit(*args)
 
 
 def pick(
@@ -237,17 +223,6 @@ def bf16_ptx(i: int) -> str:
     lop3.b32 t, t, 0x000F000F, 0x43004300, 0xea;
     fma.rn.bf16x2 $0, t, one, bias;
     }}"""
-
-
-def fence_proxy_async() -> None:
-  """Orders reads of shared memory before later TMA writes, in one warp."""
-
-  def emit(_):
-    nvvm.fence_proxy(
-      nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta
-    )
-
-  plgpu.inline_mgpu()(Inlined(emit, "fence"))()
 
 
 def _scaled_tables(scale, encoding):

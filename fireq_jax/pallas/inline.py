@@ -1,5 +1,6 @@
 """Functions on registers inside kernels, with their meaning in plain JAX."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -41,15 +42,35 @@ def inline(
   )
 
 
-def _fence(_):
-  nvvm.fence_proxy(
-    nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta
-  )
+@dataclasses.dataclass(frozen=True)
+class Inlined:
+  """Emits what has no meaning in plain JAX; an interpreter knows it by `kind`.
+
+  Attributes:
+    emit: builds instructions, as `plgpu.inline_mgpu` has it.
+    kind: what they do.
+    encoding: of the INT4 codes among the arguments.
+    warpgroups: that take part.
+  """
+
+  emit: Callable[..., Any]
+  kind: str
+  encoding: str | None = None
+  warpgroups: int | None = None
+
+  def __call__(self, *args):
+    return self.emit(*args)
 
 
-_fence.kind = "fence"  # pyrefly: ignore[missing-attribute]
-# Orders reads of shared memory before the copies that overwrite it.
-fence_async_proxy = plgpu.inline_mgpu()(_fence)
+def fence_async_proxy() -> None:
+  """Orders reads of shared memory before the copies that overwrite it."""
+
+  def emit(_):
+    nvvm.fence_proxy(
+      nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta
+    )
+
+  plgpu.inline_mgpu()(Inlined(emit, "fence"))()
 
 
 def sync_threads(warpgroups: int) -> None:
@@ -58,9 +79,7 @@ def sync_threads(warpgroups: int) -> None:
   def emit(_):
     gpu.barrier()
 
-  emit.kind = "sync"  # pyrefly: ignore[missing-attribute]
-  emit.warpgroups = warpgroups  # pyrefly: ignore[missing-attribute]
-  plgpu.inline_mgpu()(emit)()
+  plgpu.inline_mgpu()(Inlined(emit, "sync", warpgroups=warpgroups))()
 
 
 def sync_warpgroup() -> None:

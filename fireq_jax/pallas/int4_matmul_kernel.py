@@ -5,8 +5,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fireq_jax.pallas import dequant, gated
-from fireq_jax.pallas.inline import load
+from fireq_jax.pallas import gated
+from fireq_jax.pallas.inline import fence_async_proxy, load
 from fireq_jax.pallas.int4_matmul_plan import REGISTERS
 from fireq_jax.pallas.int4_matmul_sums import Sums, across_tokens
 from fireq_jax.pallas.layouts import BLOCK, ROWS
@@ -133,7 +133,7 @@ class Kernel(Sums):
         @pl.when(before + i >= stages)
         def _():
           plgpu.barrier_wait(smem["empty"].at[slot])
-          dequant.fence_proxy_async()
+          fence_async_proxy()
 
         for half in range(self.halves):
           row = row_tile * self.copied + half * self.n_out

@@ -27,6 +27,7 @@ from jaxlib.mlir.dialects import llvm
 
 from fireq_jax.pallas import dequant
 from fireq_jax.pallas.inline import (
+  Inlined,
   array,
   assembly,
   elements,
@@ -126,12 +127,11 @@ def begin(
     picks = _pick(words, tables, encoding, place)
     return _arrays([*sum(tables, []), *words, *sum(picks, [])])
 
-  emit.kind = "begin"  # pyrefly: ignore[missing-attribute]
   struct = plgpu.ShapeDtypeStruct((_THREADS,), jnp.int32, _WORD)
   return plgpu.inline_mgpu(
     arg_types=(_WORD, _swizzled(BLOCK // 2), plgpu.RefType()),
     return_type=[struct] * sum(_sizes(encoding)),
-  )(emit)(place, codes, scales)
+  )(Inlined(emit, "begin", encoding))(place, codes, scales)
 
 
 def multiply(
@@ -181,8 +181,6 @@ def multiply(
       words = [_not_before(v, word) for v, word in zip(values[0], words)]
     return tuple(_like(half, v) for half, v in zip((first, second), values))
 
-  emit.kind = "multiply"  # pyrefly: ignore[missing-attribute]
-  emit.encoding = encoding  # pyrefly: ignore[missing-attribute]
   return plgpu.inline_mgpu(
     arg_types=(
       *[_SUMS] * _HALVES,
@@ -193,7 +191,7 @@ def multiply(
       _swizzled(BLOCK),
     ),
     return_type=_structs(sums),
-  )(emit)(*sums, begun, place, codes, scales, x)
+  )(Inlined(emit, "multiply", encoding))(*sums, begun, place, codes, scales, x)
 
 
 def wait(sums: Sums) -> Sums:

@@ -30,6 +30,7 @@ from jaxlib.mlir.dialects import llvm
 
 from fireq_jax.pallas import act_quant, exchange
 from fireq_jax.pallas.inline import (
+  Inlined,
   array,
   elements,
   fence_async_proxy,
@@ -302,7 +303,6 @@ class QuantisedOperand:
         once = _once(f"{send}.f32 [$0], $2, [$1];")
         fixed_assembly(once, [scale_to, signal, scale], "r,r,f")
 
-    emit.kind = "put_row"  # pyrefly: ignore[missing-attribute]
     splat, ref = plgpu.Layout.WG_SPLAT(()), plgpu.RefType()
     received = [memory["received"]] if self.cluster > 1 else []
     plgpu.inline_mgpu(
@@ -312,7 +312,9 @@ class QuantisedOperand:
         _SWIZZLED,
         *[ref] * (1 + len(received)),
       )
-    )(emit)(codes, scale, row, rank, memory["x"], memory["x_scale"], *received)
+    )(Inlined(emit, "put_row"))(
+      codes, scale, row, rank, memory["x"], memory["x_scale"], *received
+    )
 
 
 def place_ptx(channels: int, block: int) -> str:
