@@ -18,7 +18,6 @@ from fireq_jax.pallas import grid
 from fireq_jax.pallas.inline import divide, load
 from fireq_jax.pallas.layouts import BLOCK
 
-_CONSUMERS = 4
 _HELD = 14  # values a thread holds of rows, in units of 4
 _LAYOUT = plgpu.Layout.TILED(
   plgpu.Tiling(((4, BLOCK), (4,))),
@@ -27,7 +26,7 @@ _LAYOUT = plgpu.Layout.TILED(
   vector_dim=-1,
 )
 _ALIKE = plgpu.Layout.TILED(  # the same in each thread
-  plgpu.Tiling(((4 * _CONSUMERS,),)),
+  plgpu.Tiling(((4 * grid.CONSUMERS,),)),
   warp_dims=(plgpu.Replicated(4),),
   lane_dims=(plgpu.Replicated(32),),
   vector_dim=-1,
@@ -61,9 +60,9 @@ def quantize(
   """
   tokens, blocks, _ = source.shape
   padded = a.shape[1] // 4
-  steps = -(-blocks // (4 * _CONSUMERS))
+  steps = -(-blocks // (4 * grid.CONSUMERS))
   mine = pl.ds(wg * 4, 4)
-  parts = [k * _CONSUMERS + wg for k in range(steps)]
+  parts = [k * grid.CONSUMERS + wg for k in range(steps)]
   gains = None
   if gain is not None:
     gains = [pieces.load_blocks(gain, 0, k * 4, _LAYOUT) for k in parts]

@@ -49,6 +49,7 @@ from fireq_jax.pallas import chain_pieces as pieces
 from fireq_jax.pallas import chain_rows, grid, mbarrier
 from fireq_jax.pallas.dequant import CODES
 from fireq_jax.pallas.device import one_by_one
+from fireq_jax.pallas.grid import CONSUMERS
 from fireq_jax.pallas.inline import fence_async_proxy
 from fireq_jax.pallas.layouts import BLOCK, Encoding, PackedInt4
 
@@ -57,8 +58,7 @@ Stage = tuple[PackedInt4, jax.Array | None]
 MAX_TOKENS = 4
 FASTER = 3  # most tokens for which this is faster than a kernel a matmul
 _ROWS = 16  # of a tile
-_CONSUMERS = 4
-_STEP = 4 * _CONSUMERS  # blocks of a slot of the ring: 4 for each consumer
+_STEP = 4 * CONSUMERS  # blocks of a slot of the ring: 4 for each consumer
 _FINISHERS = 4  # tiles whose sums wait to be finished, a consumer each
 _UNDERWAY = 2  # slots that are being copied at most
 CTAS = 132  # one a multiprocessor: they must all run at a time
@@ -205,7 +205,7 @@ def _call(x, a, stages, counters, *, eps):
       lax.fori_loop(0, count, step, None)
       return done + count
 
-    @pl.when(wg == _CONSUMERS)
+    @pl.when(wg == CONSUMERS)
     def _():
       plgpu.set_max_registers(_REGISTERS["producer"], action="decrease")
 
@@ -214,7 +214,7 @@ def _call(x, a, stages, counters, *, eps):
         @pl.when(warp == 0)
         def _():
           # Others use them once something has been copied.
-          mbarrier.init(smem["empty"], _CONSUMERS)
+          mbarrier.init(smem["empty"], CONSUMERS)
           functools.reduce(lambda done, s: copy(s, done), plan, jnp.int32(0))
 
     def load_slot(slot, encoding):
@@ -240,7 +240,7 @@ def _call(x, a, stages, counters, *, eps):
           slot = lax.select(slot == slots - 1, 0, slot + 1)
           loaded = load_slot(slot, stage.encoding)
         weights = pieces.weights(this, stage.encoding)
-        plgpu.wgmma(acc, weights, smem["a"].at[k * _CONSUMERS + wg].T)
+        plgpu.wgmma(acc, weights, smem["a"].at[k * CONSUMERS + wg].T)
         plgpu.wgmma_wait(1)
       plgpu.wgmma_wait(0)
       return [acc[...] for acc in accs]
@@ -311,13 +311,13 @@ def _call(x, a, stages, counters, *, eps):
 
       return tiles_done + count, slots_done + count * slots_of_tile
 
-    @pl.when(wg < _CONSUMERS)
+    @pl.when(wg < CONSUMERS)
     def _():
       plgpu.set_max_registers(_REGISTERS["consumer"], action="increase")
 
       @pl.when(wg == 0)
       def _():
-        mbarrier.init(smem["sums_full"], _CONSUMERS)
+        mbarrier.init(smem["sums_full"], CONSUMERS)
         mbarrier.init(smem["sums_free"], 1)
 
       pieces.fill_tables(smem["tables"], encoding)
@@ -343,11 +343,11 @@ def _call(x, a, stages, counters, *, eps):
     a=plgpu.SMEM(
       (blocks // 4, 4 * padded, BLOCK), _F8, transforms=pieces.SWIZZLED
     ),
-    a_scale=plgpu.SMEM((_CONSUMERS, MAX_TOKENS), jnp.float32),
-    squares=plgpu.SMEM((tokens, 4 * _CONSUMERS), jnp.float32),
-    peaks=plgpu.SMEM((tokens, 4 * _CONSUMERS), jnp.float32),
+    a_scale=plgpu.SMEM((CONSUMERS, MAX_TOKENS), jnp.float32),
+    squares=plgpu.SMEM((tokens, 4 * CONSUMERS), jnp.float32),
+    peaks=plgpu.SMEM((tokens, 4 * CONSUMERS), jnp.float32),
     sums=plgpu.SMEM(
-      (_FINISHERS, halves, 4 * _CONSUMERS, padded, _ROWS), jnp.float32
+      (_FINISHERS, halves, 4 * CONSUMERS, padded, _ROWS), jnp.float32
     ),
     full=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
     empty=mbarrier.barriers(slots),
@@ -359,7 +359,7 @@ def _call(x, a, stages, counters, *, eps):
     out_type=out_type,
     grid=(CTAS,),
     grid_names=("cta",),
-    num_threads=_CONSUMERS + 1,
+    num_threads=CONSUMERS + 1,
     thread_name="warpgroup",
     scratch_types=scratch,
     compiler_params=plgpu.CompilerParams(
@@ -459,7 +459,7 @@ def _ring_slots(tokens, stages):
   padded = _padded(tokens)
   longest = max(_steps(w) for w, _ in stages) * _STEP * BLOCK
   halves = max(_halves(w) for w, _ in stages)
-  sums = _FINISHERS * halves * 4 * _CONSUMERS * padded * _ROWS * 4
+  sums = _FINISHERS * halves * 4 * CONSUMERS * padded * _ROWS * 4
   used = padded * longest + sums + 12 * 1024
   slot = _STEP * _ROWS * (BLOCK // 2 + 1)
   return min(10, (_SHARED_BYTES - used) // slot)

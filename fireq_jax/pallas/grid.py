@@ -15,7 +15,8 @@ from fireq_jax.pallas.inline import (
   run_words,
 )
 
-_THREADS = 512  # of all consumers of a CTA
+CONSUMERS = 4  # warpgroups of a CTA
+_THREADS = 128 * CONSUMERS
 _BARRIER = 15  # a named barrier that Mosaic leaves alone
 
 
