@@ -208,6 +208,8 @@ INTERPRETED = [
    dict(tile_t=16, stages=2)),
   (dict(n=256, c=384, t=16, kind="exact", epilogue="add", bias=True),
    dict(tile_t=16, stages=2, ahead=True)),
+  (dict(n=128, c=384, t=13, kind="exact", gated=True, bias=True),
+   dict(tile_t=16, stages=2, rows=64, ahead=True)),
   (dict(n=128, c=256, t=16, kind="bf16", lowest=-8, epilogue="mul"),
    dict(tile_t=16, stages=2)),
   (dict(n=64, c=256, t=100, group=64, epilogue="silu",

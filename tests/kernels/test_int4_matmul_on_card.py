@@ -87,6 +87,7 @@ EPILOGUES = {
   "minus_8": dict(lowest=-8, epilogue="add"),
   "group_64": dict(group=64, epilogue="add"),
   "exact": dict(kind="exact", epilogue="add"),
+  "exact_gated": dict(kind="exact", gated=True, bias=True),
   "exact_group_64": dict(kind="exact", group=64),
   "bf16": dict(kind="bf16", lowest=-8, epilogue="add"),
   "bf16_group_64": dict(kind="bf16", group=64),
