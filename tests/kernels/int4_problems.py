@@ -1,5 +1,6 @@
-"""Random weights and activations of INT4 matmuls."""
+"""Random weights and activations of INT4 matmuls, and their shapes."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -43,3 +44,27 @@ def problem(rng, n, c, t, *, kind="e4m3", lowest=-7, gated=False, **options):
   if options.pop("bias", False):
     options["bias"] = jnp.asarray(rng.normal(size=n)).astype(BF16)
   return (x, w, x_scale), options
+
+
+MODES = {
+  "e4m3": dict(scale=E4M3, activation="e4m3", encoding="sign_magnitude"),
+  "exact": dict(scale=BF16, activation="e4m3", encoding="subnormal"),
+  "bf16": dict(scale=BF16, activation="bf16", encoding="biased"),
+}
+
+
+def shapes(t, n, c, *, mode, gated=False):
+  """Like `problem`, with shapes for arrays."""
+  struct, f32 = jax.ShapeDtypeStruct, jnp.float32
+  mode = MODES[mode]
+  w = layouts.PackedInt4(
+    codes=struct((c // 128, n, 64), jnp.uint8),
+    scale=struct((c // 128, n), mode["scale"]),
+    row_scale=struct((n,), f32),
+    shape=(n, c),
+    encoding=mode["encoding"],
+    activation=mode["activation"],
+    gated=gated,
+  )
+  x_scale = None if mode["activation"] == "bf16" else struct((t,), f32)
+  return struct((t, c), w.activation_dtype), w, x_scale

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import ptx
 import pytest
-from int4_problems import BF16, problem
+from int4_problems import BF16, problem, shapes
 from test_act_quant import activations
-from test_int4_matmul import interpreter, shapes
+from test_int4_matmul import interpreter
 
 from fireq_jax.errors import ConfigError
 from fireq_jax.pallas import reference, tunings
